@@ -1,0 +1,138 @@
+"""What happened to the plugins, one readable line each: receipts of swaps and the host's other events.
+
+Plain text in, plain text out; whoever prints the line decides on colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["event_line", "one_line", "receipt_line"]
+
+_STEPS = ("settle", "load", "setup", "probe", "swap")
+
+
+def one_line(value: object) -> str:
+    """*value* as text that stays on its line: control characters, a terminal's own among them, are dropped."""
+    return "".join(c if c.isprintable() else " " for c in str(value)).strip()
+
+
+def receipt_line(receipt: Mapping[str, Any]) -> str:
+    """A receipt as `faq 3 → 4 live in 21 ms (settle 2, …) · first answer 24 ms · 2 turns drained`.
+
+    What the receipt does not know (no answer yet, nothing to drain) is left out.
+    """
+    steps: Mapping[str, Any] = receipt.get("steps") or {}
+    old, new = receipt.get("from"), receipt.get("to")
+    head = f"{one_line(receipt.get('plugin', '?'))} {new if old is None else f'{old} → {new}'} live"
+    if (total := steps.get("total_ms")) is not None:
+        head += f" in {_ms(total)} ms"
+    known = [f"{step} {_ms(steps[f'{step}_ms'])}" for step in _STEPS if steps.get(f"{step}_ms") is not None]
+    parts = [f"{head} ({', '.join(known)})" if known else head]
+    if (first := receipt.get("first_answer_ms")) is not None:
+        parts.append(f"first answer {_ms(first)} ms")
+    if drained := receipt.get("drained"):
+        parts.append(f"{drained} {'turn' if drained == 1 else 'turns'} drained")
+    return " · ".join(parts)
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """Any event of `GET /admin/events` as one line. A kind that is not known here shows its fields as they are."""
+    kind = str(event.get("kind", "event"))
+    say = _LINES.get(kind)
+    if say is not None:
+        return say(event)
+    fields = " ".join(f"{key}={one_line(value)}" for key, value in event.items() if key != "kind")
+    return f"{one_line(kind)} {fields}".rstrip()
+
+
+def _ms(value: float) -> int:
+    return round(value)
+
+
+def _who(event: Mapping[str, Any]) -> str:
+    """`faq`, or `faq 4` where the event is about one generation."""
+    name = one_line(event.get("plugin") or "?")
+    generation = event.get("generation")
+    return name if generation is None else f"{name} {generation}"
+
+
+def _why(event: Mapping[str, Any]) -> str:
+    """The reason an event gives, with the step, the file and the line; empty when it gives none."""
+    error = event.get("error")
+    if not isinstance(error, Mapping):
+        reason = error or event.get("reason")
+        return f": {one_line(reason)}" if reason else ""
+    step = f" at {one_line(error['step'])}" if error.get("step") else ""
+    place = ""
+    if error.get("file"):
+        line = f":{error['line']}" if error.get("line") else ""
+        place = f" ({one_line(error['file'])}{line})"
+    return f"{step}: {one_line(error.get('message', 'no reason given'))}{place}"
+
+
+def _live(event: Mapping[str, Any]) -> str:
+    receipt = event.get("receipt")
+    if isinstance(receipt, Mapping):
+        return receipt_line(receipt)
+    return receipt_line(event) if "to" in event else f"{_who(event)} live"
+
+
+def _failed(event: Mapping[str, Any]) -> str:
+    serving = event.get("serving")
+    rest = f"; generation {serving} goes on serving" if serving is not None else ""
+    return f"{_who(event)} failed{_why(event)}{rest}"
+
+
+def _rolled_back(event: Mapping[str, Any]) -> str:
+    old, new = event.get("from"), event.get("to")
+    step = f"{one_line(event.get('plugin', '?'))} {old} → {new}" if old is not None and new is not None else _who(event)
+    return f"{step} rolled back{_why(event)}"
+
+
+def _unloaded(event: Mapping[str, Any]) -> str:
+    return f"{_who(event)} unloaded{_why(event)}"
+
+
+def _disabled(event: Mapping[str, Any]) -> str:
+    return f"{_who(event)} disabled{_why(event)}"
+
+
+def _configured(event: Mapping[str, Any]) -> str:
+    return f"{_who(event)} took its new config without a swap"
+
+
+def _leftover(event: Mapping[str, Any]) -> str:
+    left = event.get("leftovers") or event.get("what") or ()
+    items = [left] if isinstance(left, str) else list(left)
+    return f"{_who(event)} left behind: {', '.join(map(one_line, items)) or 'something unnamed'}"
+
+
+def _stalled(event: Mapping[str, Any]) -> str:
+    held = next((event[key] for key in ("ms", "stalled_ms", "blocked_ms") if event.get(key) is not None), None)
+    time = f" for {_ms(held)} ms" if held is not None else ""
+    return f"{_who(event) if event.get('plugin') else 'something'} held the event loop{time}{_why(event)}"
+
+
+def _breaker_opened(event: Mapping[str, Any]) -> str:
+    return f"{_who(event)} breaker open: it is left out of turns until a trial call succeeds{_why(event)}"
+
+
+def _breaker_closed(event: Mapping[str, Any]) -> str:
+    return f"{_who(event)} breaker closed: it takes part in turns again"
+
+
+_LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "plugin_loaded": _live,
+    "plugin_swapped": _live,
+    "plugin_failed": _failed,
+    "plugin_rolled_back": _rolled_back,
+    "plugin_unloaded": _unloaded,
+    "plugin_disabled": _disabled,
+    "plugin_configured": _configured,
+    "plugin_leftover": _leftover,
+    "loop_stalled": _stalled,
+    "breaker_opened": _breaker_opened,
+    "breaker_closed": _breaker_closed,
+}

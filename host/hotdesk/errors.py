@@ -1,0 +1,150 @@
+"""The host's errors, and the closed list of codes that a door may answer with.
+
+Owns the hierarchy above the SDK's. A class per situation that somebody handles differently; each carries
+what is at fault and builds its own text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hotdesk_sdk import HotdeskError, PluginError
+
+__all__ = [
+    "DOOR_ERRORS",
+    "BackendError",
+    "BackendUnavailable",
+    "CallFailed",
+    "CallTimeout",
+    "ConfigError",
+    "DataFolderHeld",
+    "DoorError",
+    "LoadFailed",
+    "TurnAborted",
+    "UnknownPlugin",
+]
+
+
+class ConfigError(HotdeskError):
+    """A setting that can't be used: its name, its value, where it came from, and what would be right."""
+
+    def __init__(self, setting: str, value: object, source: str, remedy: str) -> None:
+        self.setting = setting
+        self.value = value
+        super().__init__(f"setting '{setting}' is {value!r} ({source}): {remedy}")
+
+
+class LoadFailed(PluginError):
+    """A generation that did not come to serve. `step` is where it ended; `file` and `line` point into its source."""
+
+    def __init__(
+        self, plugin: str, step: str, problem: str, *, file: str | None = None, line: int | None = None
+    ) -> None:
+        self.step = step
+        self.file = file
+        self.line = line
+        where = f" ({file}:{line})" if file and line else f" ({file})" if file else ""
+        super().__init__(plugin, None, f"{problem}{where}")
+
+
+class CallFailed(PluginError):
+    """A call into a plugin that raised, or that gave what its hook may not give."""
+
+    def __init__(self, plugin: str, generation: int, hook: str, problem: str) -> None:
+        self.hook = hook
+        super().__init__(plugin, generation, f"{hook} {problem}")
+
+
+class CallTimeout(CallFailed):
+    """A call into a plugin that took longer than its `timeout_ms`."""
+
+    def __init__(self, plugin: str, generation: int, hook: str, timeout_ms: int) -> None:
+        self.timeout_ms = timeout_ms
+        super().__init__(plugin, generation, hook, f"took over {timeout_ms} ms")
+
+
+class TurnAborted(HotdeskError):
+    """Unwinds the onion of a turn that is to be refused or run again. Middleware can't stop it."""
+
+
+class UnknownPlugin(HotdeskError):
+    """A plugin name that nothing goes by."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        self.name = name
+        super().__init__(f"no plugin is called '{name}'; there are {', '.join(sorted(known)) or 'none'}")
+
+
+class BackendError(HotdeskError):
+    """The backend can't be used as it is: damaged, of a newer version, or of an unknown kind."""
+
+
+class DataFolderHeld(BackendError):
+    """Another host works in this data folder."""
+
+    def __init__(self, folder: str, holder: str) -> None:
+        super().__init__(
+            f"the data folder {folder} is in use by another hotdesk ({holder}); stop it, or choose another with --data"
+        )
+
+
+class BackendUnavailable(BackendError):
+    """The backend did not take a write or answer a read; it may later. Nothing of the request was kept."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url = url
+        self.reason = reason
+        super().__init__(f"backend {url}: {reason}")
+
+
+DOOR_ERRORS: dict[str, tuple[int, str]] = {
+    "bad_json": (400, "the body or frame is not valid JSON (UTF-8)"),
+    "bad_message": (400, "a field is missing, unknown, or of the wrong type"),
+    "bad_parameter": (400, "a path or query parameter can't be used"),
+    "unauthorized": (401, "a token is missing, wrong or expired"),
+    "signature_invalid": (401, "a webhook's signature does not fit"),
+    "forbidden": (403, "the token is for another conversation"),
+    "origin_not_allowed": (403, "the page's origin is not in allowed_origins"),
+    "not_found": (404, "no such path, plugin page or webhook"),
+    "conversation_not_found": (404, "nothing was ever said in that conversation"),
+    "plugin_not_found": (404, "no plugin goes by that name"),
+    "method_not_allowed": (405, "the path has other methods; see the Allow header"),
+    "conflict": (409, "the plugin's state does not allow that"),
+    "too_large": (413, "the body, frame or text is over its limit"),
+    "unsupported_media_type": (415, "the body must be application/json"),
+    "unprocessable": (422, "the plugin could not be loaded; the message says why"),
+    "rate_limited": (429, "this sender sends too fast; see Retry-After"),
+    "plugin_failed": (500, "the plugin behind this page or webhook failed"),
+    "internal_error": (500, "a fault in hotdesk itself; the log has it under the same id"),
+    "turn_refused": (503, "a plugin with on_failure=refuse failed, so the turn has no reply"),
+    "stream_cut": (503, "the reply broke off; what was said so far is the reply"),
+    "overloaded": (503, "too many turns at once; see Retry-After"),
+    "backend_unavailable": (503, "the journal can't be written or read now; see Retry-After"),
+    "stopping": (503, "the host is stopping; come back"),
+}
+"""Every code that a door answers with: its HTTP status and what it says. Closed and documented in host/README.md."""
+
+
+@dataclass
+class DoorError(Exception):
+    """What a door answers instead of a result. `code` is a key of `DOOR_ERRORS`."""
+
+    code: str
+    message: str
+    hint: str | None = None
+    retry_after_s: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+
+    @property
+    def status(self) -> int:
+        return DOOR_ERRORS[self.code][0]
+
+    def body(self) -> dict[str, object]:
+        """The one error shape, without the frame around it."""
+        body: dict[str, object] = {"code": self.code, "message": self.message}
+        if self.hint:
+            body["hint"] = self.hint
+        return body

@@ -1,0 +1,40 @@
+"""Logging: structlog events with fields, as JSON or for a terminal. Never customer text unless asked for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+__all__ = ["Logger", "configure_logs", "get_log"]
+
+Logger = Any
+
+
+def configure_logs(format: str, level: str) -> None:
+    """Set structlog up for the process. `auto` is console on a terminal and JSON elsewhere."""
+    if format == "auto":
+        format = "console" if sys.stderr.isatty() else "json"
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer(pad_event_to=24) if format == "console" else structlog.processors.JSONRenderer()
+    )
+    processors: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if format == "json":
+        processors.append(structlog.processors.format_exc_info)
+    structlog.configure(
+        processors=[*processors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_log(**fields: object) -> Logger:
+    """A logger with *fields* bound."""
+    return structlog.get_logger().bind(**fields)

@@ -1,0 +1,181 @@
+"""Every call into a plugin: deadline, fault wall, breaker, metric, and the account it runs on.
+
+A task has one `Clock`, whose deadline is that of the innermost call; while a middleware waits for what is
+further in, its own time stands still. One ticker looks at all clocks, so a call that is quick costs no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import CallFailed, CallTimeout, TurnAborted
+from ..logs import Logger
+from ..metrics import Metrics
+from .active import BoundHook, Generation, Slot
+from .guards import CURRENT
+
+__all__ = ["Calls", "Clock", "blame"]
+
+TICK_S = 0.02
+"""How often clocks are looked at: a deadline is kept to this, and a thousand turns under way cost 0.5 % of a core."""
+
+ABANDON_S = 1.0
+"""How long a call may ignore its cancellation before its turn goes on without it."""
+
+monotonic = time.monotonic
+
+
+class Clock:
+    """The running deadline of one task. `abandon` is called once if a call ignores being cancelled."""
+
+    __slots__ = ("abandon", "call", "deadline", "expired", "expired_at", "task")
+
+    def __init__(self, task: asyncio.Task[Any] | None, abandon: Callable[[], None] | None = None) -> None:
+        self.task = task
+        self.deadline = float("inf")
+        self.call: object = None
+        self.expired: object = None
+        self.expired_at = 0.0
+        self.abandon = abandon
+
+
+def blame(exc: BaseException, generation: Generation) -> tuple[str, str | None, int | None]:
+    """What went wrong in words, and the file and line in the plugin's own source where it did."""
+    file, line = None, None
+    for frame in traceback.extract_tb(exc.__traceback__):
+        if frame.filename in generation.bundle.paths:
+            file, line = frame.filename, frame.lineno
+    if isinstance(exc, SyntaxError) and exc.filename in generation.bundle.paths:
+        file, line = exc.filename, exc.lineno
+    text = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    return text, file, line
+
+
+class Calls:
+    """Makes the calls of one host."""
+
+    def __init__(self, metrics: Metrics, log: Logger) -> None:
+        self._metrics = metrics
+        self._log = log
+        self._clocks: set[Clock] = set()
+        self._ticking: asyncio.TimerHandle | None = None
+        self.on_failure: Callable[[Generation, CallFailed], bool] = lambda generation, exc: False
+        self.on_probation_over: Callable[[Generation], None] = lambda generation: None
+
+    def start(self, clock: Clock) -> None:
+        """Watch *clock* until `stop`."""
+        self._clocks.add(clock)
+        if self._ticking is None:
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def stop(self, clock: Clock) -> None:
+        self._clocks.discard(clock)
+
+    def _tick(self) -> None:
+        now = monotonic()
+        for clock in list(self._clocks):
+            if now >= clock.deadline:
+                self._expire(clock, now)
+        self._ticking = (
+            asyncio.get_running_loop().call_later(TICK_S, self._tick) if self._clocks else None
+        )
+
+    def _expire(self, clock: Clock, now: float) -> None:
+        if clock.expired is not clock.call:
+            clock.expired, clock.expired_at = clock.call, now
+        elif now - clock.expired_at > ABANDON_S and clock.abandon is not None:
+            abandon, clock.abandon = clock.abandon, None
+            abandon()
+        if clock.task is not None:
+            clock.task.cancel()
+
+    async def call(self, slot: Slot, hook: BoundHook, clock: Clock, *args: Any) -> Any:
+        """Await *hook* with *args* within the slot's `timeout_ms` of its own time.
+
+        Raises `CallFailed` (its subclass `CallTimeout` when late) whatever went wrong, and `TurnAborted`
+        and cancellation as they are. Time spent in calls further in, on the same clock, does not count.
+        """
+        start = monotonic()
+        breaker = slot.breaker
+        if breaker.state != "closed" and not breaker.allows(start):
+            raise CallFailed(
+                slot.generation.plugin, slot.generation.number, hook.name, "was not called: its breaker is open"
+            )
+        me = object()
+        outer_deadline, outer_call = clock.deadline, clock.call
+        generation = slot.generation
+        clock.call = me
+        clock.deadline = start + slot.timeout_s
+        token = CURRENT.set(generation)
+        try:
+            result = await hook.call(*args)
+        except TurnAborted:
+            raise
+        except asyncio.CancelledError:
+            if clock.expired is not me:
+                raise
+            self._uncancel(clock)
+            raise self._late(slot, hook, start) from None
+        except BaseException as exc:  # the fault wall: SystemExit of a plugin must not end the host either
+            if isinstance(exc, GeneratorExit):
+                raise
+            if clock.expired is me:
+                self._uncancel(clock)
+                raise self._late(slot, hook, start) from None
+            raise self._failed(slot, hook, exc) from exc
+        finally:
+            CURRENT.reset(token)
+            now = monotonic()
+            clock.call = outer_call
+            own = now - start if clock.deadline == start + slot.timeout_s else slot.timeout_s - (clock.deadline - now)
+            clock.deadline = outer_deadline + (now - start)
+            hook.stats.observe(own)
+        if clock.expired is me:
+            self._uncancel(clock)
+            raise self._late(slot, hook, start)
+        if breaker.bits or breaker.state != "closed":
+            breaker.succeeded()
+        if generation.probation_left:
+            generation.probation_left -= 1
+            if not generation.probation_left:
+                self.on_probation_over(generation)
+        return result
+
+    def refuse(self, slot: Slot, hook: BoundHook, problem: str) -> CallFailed:
+        """Count a call that came back with something its hook may not give."""
+        return self._note(slot, hook, CallFailed(slot.generation.plugin, slot.generation.number, hook.name, problem), "value")
+
+    @staticmethod
+    def _uncancel(clock: Clock) -> None:
+        clock.expired = None
+        if clock.task is not None:
+            while clock.task.cancelling():
+                clock.task.uncancel()
+
+    def _late(self, slot: Slot, hook: BoundHook, start: float) -> CallFailed:
+        generation = slot.generation
+        timeout_ms = round(slot.timeout_s * 1000)
+        return self._note(slot, hook, CallTimeout(generation.plugin, generation.number, hook.name, timeout_ms), "timeout")
+
+    def _failed(self, slot: Slot, hook: BoundHook, exc: BaseException) -> CallFailed:
+        generation = slot.generation
+        text, file, line = blame(exc, generation)
+        where = f" ({file}:{line})" if file else ""
+        failure = CallFailed(generation.plugin, generation.number, hook.name, f"raised {text}{where}")
+        return self._note(slot, hook, failure, "exception")
+
+    def _note(self, slot: Slot, hook: BoundHook, failure: CallFailed, kind: str) -> CallFailed:
+        generation = slot.generation
+        hook.stats.failures += 1
+        slot.breaker.failed(monotonic())
+        self._metrics.failures.labels(generation.plugin, hook.name, kind).inc()
+        self._log.warning(
+            "call_failed", plugin=generation.plugin, generation=generation.number, hook=hook.name, problem=failure.problem
+        )
+        if generation.probation_left:
+            self.on_failure(generation, failure)
+        return failure

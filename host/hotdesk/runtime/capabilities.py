@@ -1,0 +1,129 @@
+"""What a plugin may use beyond its own code: asked for in its manifest and granted by the operator, both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+
+from .active import Generation
+
+if TYPE_CHECKING:
+    from .scope import Context
+
+__all__ = ["CapabilityDoors", "KvStore", "PluginHttp", "PluginKv"]
+
+MAX_VALUE_BYTES = 1024 * 1024
+MAX_KEY_CHARS = 512
+
+
+class KvStore(Protocol):
+    """Where plugins' keys live; the backend's."""
+
+    async def kv_get(self, plugin: str, key: str) -> bytes | None: ...
+    async def kv_set(self, plugin: str, key: str, value: bytes | None) -> None: ...
+    async def kv_keys(self, plugin: str, prefix: str) -> list[str]: ...
+
+
+@dataclass(slots=True)
+class CapabilityDoors:
+    """The host's side of the capabilities; `denied` tells the operator."""
+
+    kv: KvStore
+    denied: Callable[[str, int, str], None]
+
+
+class PluginKv:
+    """See `hotdesk_sdk.Kv`. Keys are at most 512 characters, values at most 1 MiB as JSON."""
+
+    def __init__(self, plugin: str, store: KvStore) -> None:
+        self._plugin = plugin
+        self._store = store
+
+    async def get(self, key: str, default: Any = None) -> Any:
+        value = await self._store.kv_get(self._plugin, self._checked(key))
+        return default if value is None else msgspec.json.decode(value)
+
+    async def set(self, key: str, value: Any) -> None:
+        encoded = msgspec.json.encode(value)
+        if len(encoded) > MAX_VALUE_BYTES:
+            raise ValueError(f"kv value of {key!r} has {len(encoded)} bytes as JSON; the limit is {MAX_VALUE_BYTES}")
+        await self._store.kv_set(self._plugin, self._checked(key), encoded)
+
+    async def delete(self, key: str) -> None:
+        await self._store.kv_set(self._plugin, self._checked(key), None)
+
+    async def keys(self, prefix: str = "") -> list[str]:
+        return await self._store.kv_keys(self._plugin, prefix)
+
+    @staticmethod
+    def _checked(key: str) -> str:
+        if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_CHARS:
+            raise ValueError(f"kv key {key!r}: a key is a text of 1 to {MAX_KEY_CHARS} characters")
+        return key
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedResponse:
+    """See `hotdesk_sdk.HttpResponse`."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def text(self) -> str:
+        return self.body.decode()
+
+    def json(self) -> Any:
+        return msgspec.json.decode(self.body)
+
+
+class PluginHttp:
+    """See `hotdesk_sdk.Http`. Redirects are not followed: the next host would need a grant of its own."""
+
+    def __init__(self, generation: Generation, ctx: Context) -> None:
+        self._generation = generation
+        self._ctx = ctx
+        self._session: aiohttp.ClientSession | None = None
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        json: Any = None,
+        body: bytes | str | None = None,
+        timeout: float = 10.0,
+    ) -> FetchedResponse:
+        parts = urlsplit(url)
+        asked = [c for c in self._generation.manifest.capabilities if c.startswith("http:")]
+        names = {f"http:{parts.hostname}", f"http:{parts.netloc.rpartition('@')[2]}"}
+        capability = next((c for c in asked if c in names), f"http:{parts.hostname}")
+        self._ctx._need(capability)
+        if self._session is None:
+            self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        async with self._session.request(
+            method,
+            url,
+            headers=headers,
+            json=json,
+            data=body,
+            timeout=aiohttp.ClientTimeout(total=timeout),
+            allow_redirects=False,
+        ) as response:
+            return FetchedResponse(response.status, dict(response.headers), await response.read())
+
+    async def get(self, url: str, **options: Any) -> FetchedResponse:
+        return await self.request("GET", url, **options)
+
+    async def post(self, url: str, **options: Any) -> FetchedResponse:
+        return await self.request("POST", url, **options)
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()

@@ -1,0 +1,208 @@
+"""What a generation holds of the host, and how it is undone: newest first, awaited, complete despite errors."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
+
+from hotdesk_sdk import CapabilityDenied, ScopeClosed
+
+from ..logs import Logger
+from .active import Generation
+from .capabilities import CapabilityDoors, PluginHttp, PluginKv
+from .guards import CURRENT, host_task
+from .plugin_metrics import PluginMetric, PluginMetrics
+
+__all__ = ["Context", "Scope", "Sender"]
+
+UNDO_TIMEOUT_S = 5.0
+"""How long one undo may take before the others go on without it."""
+
+
+class Sender(Protocol):
+    """Says something in a conversation outside a turn; the chat room's."""
+
+    async def __call__(
+        self, conversation: str, text: str, *, plugin: str, generation: int, metadata: dict[str, Any] | None
+    ) -> Any: ...
+
+
+class Scope:
+    """The undo list of one generation. After `aclose` it refuses new work with `ScopeClosed`."""
+
+    def __init__(self, generation: Generation, log: Logger) -> None:
+        self._generation = generation
+        self._log = log
+        self._undo: list[tuple[str, Callable[[], Any]]] = []
+        self._paused = False
+        self.closed = False
+
+    def admit(self, what: str) -> None:
+        """Raises `ScopeClosed` when the generation has ended."""
+        if self.closed:
+            raise ScopeClosed(self._generation.plugin, self._generation.number, what)
+
+    def push(self, what: str, undo: Callable[[], Any]) -> None:
+        """Have *undo* (sync or async) called when the generation ends."""
+        self.admit(what)
+        self._undo.append((what, undo))
+
+    @property
+    def paused(self) -> bool:
+        """While the generation stands by, its `every` jobs rest: a job never runs in two generations at once."""
+        return self._paused or self.closed
+
+    def pause(self, paused: bool) -> None:
+        self._paused = paused
+
+    async def aclose(self) -> list[str]:
+        """Undo everything, newest first; return what could not be undone, in words."""
+        self.closed = True
+        problems = []
+        while self._undo:
+            what, undo = self._undo.pop()
+            try:
+                async with asyncio.timeout(UNDO_TIMEOUT_S):
+                    result = undo()
+                    if inspect.isawaitable(result):
+                        await result
+            except asyncio.CancelledError:
+                raise
+            except BaseException as exc:  # one undo that fails must not keep the others from happening
+                problems.append(f"{what}: undoing it raised {type(exc).__name__}: {exc}")
+                self._log.warning("scope_undo_failed", what=what, problem=repr(exc))
+        return problems
+
+
+class Context:
+    """`ctx`: one a generation. See `hotdesk_sdk.Ctx` for what each part promises."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        *,
+        scope: Scope,
+        config: dict[str, Any],
+        granted: frozenset[str],
+        doors: CapabilityDoors,
+        metrics: PluginMetrics,
+        send: Sender,
+        modules: dict[str, Any],
+        log: Logger,
+    ) -> None:
+        self.plugin = generation.plugin
+        self.generation = generation.number
+        self.config = config
+        self.log = log
+        self.granted = granted
+        self._generation = generation
+        self._scope = scope
+        self._doors = doors
+        self._metrics = metrics
+        self._send = send
+        self._modules = modules
+        self._http: PluginHttp | None = None
+        self._kv: PluginKv | None = None
+
+    def _need(self, capability: str) -> None:
+        asked = capability in self._generation.manifest.capabilities
+        if not asked or capability not in self.granted:
+            self._doors.denied(self.plugin, self.generation, capability)
+            raise CapabilityDenied(self.plugin, self.generation, capability, asked=asked)
+
+    @property
+    def kv(self) -> PluginKv:
+        self._need("kv")
+        if self._kv is None:
+            self._kv = PluginKv(self.plugin, self._doors.kv)
+        return self._kv
+
+    @property
+    def llm(self) -> Any:
+        self._need("llm")
+        raise CapabilityDenied(self.plugin, self.generation, "llm", asked=True)
+
+    @property
+    def http(self) -> PluginHttp:
+        if self._http is None:
+            self._scope.admit("ctx.http")
+            self._http = PluginHttp(self._generation, self)
+            self._scope.push("ctx.http", self._http.aclose)
+        return self._http
+
+    async def send(self, conversation: str, text: str, *, metadata: dict[str, Any] | None = None) -> Any:
+        self._scope.admit("ctx.send")
+        return await self._send(
+            conversation, text, plugin=self.plugin, generation=self.generation, metadata=metadata
+        )
+
+    def task(self, coro: Coroutine[Any, Any, Any], name: str | None = None) -> asyncio.Task[Any]:
+        label = f"task {name or getattr(coro, '__name__', 'task')!r}"
+        if self._scope.closed:
+            coro.close()
+        self._scope.admit(label)
+
+        async def run() -> Any:
+            CURRENT.set(self._generation)
+            try:
+                return await coro
+            except asyncio.CancelledError:
+                raise
+            except BaseException as exc:  # the fault wall of a plugin's own task
+                self.log.error("task_failed", task=name, problem=f"{type(exc).__name__}: {exc}")
+                return None
+
+        task = host_task(run(), name=f"{self.plugin}/{self.generation}/{name or 'task'}")
+
+        async def undo() -> None:
+            coro.close() if inspect.getcoroutinestate(coro) == inspect.CORO_CREATED else None
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        self._scope.push(label, undo)
+        return task
+
+    def every(self, seconds: float, fn: Callable[[], Awaitable[Any]]) -> None:
+        if seconds <= 0:
+            raise ValueError(f"every: seconds is {seconds}; it must be above 0")
+        name = getattr(fn, "__name__", "job")
+
+        async def repeat() -> None:
+            while True:
+                await asyncio.sleep(seconds)
+                if self._scope.paused:
+                    continue
+                try:
+                    await fn()
+                except asyncio.CancelledError:
+                    raise
+                except BaseException as exc:  # a job that fails once is tried again at its next time
+                    self.log.error("job_failed", job=name, problem=f"{type(exc).__name__}: {exc}")
+
+        self.task(repeat(), name=f"every {seconds:g} s {name}")
+
+    def metric(self, kind: str, name: str, help: str = "", labels: tuple[str, ...] = ()) -> PluginMetric:
+        self._scope.admit("ctx.metric")
+        metric, undo = self._metrics.open(self.plugin, kind, name, help, labels)
+        self._scope.push(f"metric {name!r}", undo)
+        return metric
+
+    async def enter(self, cm: Any) -> Any:
+        self._scope.admit(f"ctx.enter({type(cm).__name__})")
+        if hasattr(type(cm), "__aenter__"):
+            value = await cm.__aenter__()
+            self._scope.push(type(cm).__name__, lambda: cm.__aexit__(None, None, None))
+        else:
+            value = cm.__enter__()
+            self._scope.push(type(cm).__name__, lambda: cm.__exit__(None, None, None))
+        return value
+
+    def defer(self, fn: Callable[[], Any]) -> None:
+        self._scope.push(f"defer {getattr(fn, '__name__', 'fn')!r}", fn)
+
+    def require(self, plugin: str) -> Any:
+        if plugin not in self._modules:
+            raise LookupError(f"plugin '{self.plugin}' did not name '{plugin}' in requires = [...] of its manifest")
+        return self._modules[plugin]
