@@ -82,9 +82,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return self.backend or f"sqlite:///{Path(self.data) / 'hotdesk.db'}"
 
 
-SETTINGS: tuple[str, ...] = tuple(
-    name for name in Config.__struct_fields__ if name not in ("plugin_settings", "file")
-)
+SETTINGS: tuple[str, ...] = tuple(name for name in Config.__struct_fields__ if name not in ("plugin_settings", "file"))
 _TYPES = {field.name: field.type for field in msgspec.structs.fields(Config)}
 
 

@@ -15,7 +15,24 @@ from prometheus_client.registry import Collector
 
 __all__ = ["CallStats", "Metrics"]
 
-BUCKETS_S = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BUCKETS_S = (
+    0.0001,
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)
 
 
 class CallStats:
@@ -45,7 +62,9 @@ class _Observed(Collector):
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(
-            "hotdesk_call_seconds", "Calls into plugins, without the time spent further in", labels=["plugin", "hook"]
+            "hotdesk_call_seconds",
+            "Calls into plugins, without the time spent further in",
+            labels=["plugin", "hook"],
         )
         for (plugin, hook), stats in list(self.calls.items()):
             family.add_metric([plugin, hook], _cumulative(stats), stats.total_s)
@@ -83,7 +102,10 @@ class Metrics:
         self.reruns = Counter("hotdesk_reruns_total", "Turns run again after a rollback", registry=registry)
         self.errors = Counter("hotdesk_errors_total", "Errors that a door answered", ["code"], registry=registry)
         self.failures = Counter(
-            "hotdesk_call_failures_total", "Calls into plugins that failed", ["plugin", "hook", "kind"], registry=registry
+            "hotdesk_call_failures_total",
+            "Calls into plugins that failed",
+            ["plugin", "hook", "kind"],
+            registry=registry,
         )
         self.swaps = Counter(
             "hotdesk_swaps_total", "Changes to the plugin set", ["plugin", "outcome"], registry=registry
@@ -98,11 +120,17 @@ class Metrics:
             "hotdesk_plugin_generation", "The generation that serves", ["plugin"], registry=registry
         )
         self.breaker_open = Gauge(
-            "hotdesk_breaker_open", "1 while a plugin's breaker keeps calls from it", ["plugin"], registry=registry
+            "hotdesk_breaker_open",
+            "1 while a plugin's breaker keeps calls from it",
+            ["plugin"],
+            registry=registry,
         )
         self.connections = Gauge("hotdesk_connections", "Open visitor connections", ["door"], registry=registry)
         self.slow_readers = Counter(
-            "hotdesk_slow_readers_total", "Connections closed because they read too slowly", ["door"], registry=registry
+            "hotdesk_slow_readers_total",
+            "Connections closed because they read too slowly",
+            ["door"],
+            registry=registry,
         )
         self.stalls = Counter(
             "hotdesk_loop_stalls_total", "Times the event loop was held", ["plugin"], registry=registry
@@ -114,7 +142,10 @@ class Metrics:
         self.commit_rows = Counter("hotdesk_backend_writes_total", "Writes that were committed", registry=registry)
         self.backend_errors = Counter("hotdesk_backend_errors_total", "Commits that failed", registry=registry)
         self.deliveries = Counter(
-            "hotdesk_deliveries_total", "Replies handed to a channel", ["plugin", "outcome"], registry=registry
+            "hotdesk_deliveries_total",
+            "Replies handed to a channel",
+            ["plugin", "outcome"],
+            registry=registry,
         )
 
     def call_stats(self, plugin: str, hook: str) -> CallStats:

@@ -200,17 +200,13 @@ def _sent_out_of_order(case: _Case) -> Iterator[Fault]:
             highest = max(highest, promises[known].seq)
             known += 1
         if id in seqs and seqs[id] < highest:
-            yield case.fault(
-                "reordered", f"{id} has seq {seqs[id]}, and was sent after seq {highest} was accepted"
-            )
+            yield case.fault("reordered", f"{id} has seq {seqs[id]}, and was sent after seq {highest} was accepted")
 
 
 def _mixed_turns(case: _Case) -> Iterator[Fault]:
     for reply in {reply.id: reply for reply in (*case.replies, *case.shown)}.values():
         if len(set(reply.marks)) > 1:
-            yield case.fault(
-                "mixed", f"reply {reply.id} to {reply.to} carries the marks {', '.join(reply.marks)}"
-            )
+            yield case.fault("mixed", f"reply {reply.id} to {reply.to} carries the marks {', '.join(reply.marks)}")
 
 
 def _mixed_generations(cases: Iterable[_Case]) -> Iterator[Fault]:
@@ -224,18 +220,14 @@ def _mixed_generations(cases: Iterable[_Case]) -> Iterator[Fault]:
             first = marks.setdefault((reply.plugin, reply.generation), mark)
             if first != mark:
                 whose = f"{reply.plugin} generation {reply.generation}"
-                yield case.fault(
-                    "mixed", f"reply {reply.id} is marked {mark}, but {whose} marked {first} before"
-                )
+                yield case.fault("mixed", f"reply {reply.id} is marked {mark}, but {whose} marked {first} before")
 
 
 def _broken(case: _Case) -> Iterator[Fault]:
     texts = {reply.to: reply.text for reply in case.replies}
     for stream in case.streamed:
         if not stream.ended:
-            yield case.fault(
-                "broken", f"the stream for {stream.id} stopped after {len(stream.text)} characters"
-            )
+            yield case.fault("broken", f"the stream for {stream.id} stopped after {len(stream.text)} characters")
         elif stream.text != texts.get(stream.id):
             yield case.fault("broken", f"the chunks for {stream.id} are not the text of its reply")
 

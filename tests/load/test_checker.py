@@ -6,7 +6,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-
 from tests.load.checker import KINDS, Verdict, judge, main
 from tests.load.history import Accepted, Event, History, Recorded, Replied, Sent, Streamed, read_history
 
@@ -123,9 +122,7 @@ def test_a_fault_is_caught(name: str):
 
 def test_a_message_that_expects_no_reply_is_not_lost_without_one():
     """Where no bot answers, an accepted message in the record is all there is."""
-    assert (
-        judge([sent("m1", 0.0, expects_reply=False), accepted("m1", 1.0, 1), message("m1", 1)]).faults == ()
-    )
+    assert judge([sent("m1", 0.0, expects_reply=False), accepted("m1", 1.0, 1), message("m1", 1)]).faults == ()
 
 
 def test_conversations_are_judged_apart():

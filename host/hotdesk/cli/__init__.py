@@ -63,7 +63,9 @@ class _Chaptered(click.Group):
 
 
 @click.group(
-    cls=_Chaptered, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=_Chaptered,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="hotdesk", message="hotdesk %(version)s")
 def main() -> None:

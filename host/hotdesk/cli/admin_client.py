@@ -36,7 +36,9 @@ class ClientFailed(click.ClickException):
         self.code = code
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"{click.style('Error:', fg='red', bold=True)} {self.message}", file=file, err=file is None)
+        click.echo(
+            f"{click.style('Error:', fg='red', bold=True)} {self.message}", file=file, err=file is None
+        )
         if self.hint:
             click.echo(click.style(f"  {self.hint}", dim=True), file=file, err=file is None)
 
@@ -131,7 +133,9 @@ class AdminClient:
                 f"{self.url}/admin/events", timeout=aiohttp.ClientTimeout(total=None, sock_connect=5)
             ) as response:
                 if response.status != 200:
-                    raise refusal(self.url, response.status, await response.read(), token_given=bool(self._token))
+                    raise refusal(
+                        self.url, response.status, await response.read(), token_given=bool(self._token)
+                    )
                 async for line in response.content:
                     if line.startswith(b"data:"):
                         yield msgspec.json.decode(line[5:], type=dict[str, Any])
@@ -178,7 +182,9 @@ def no_host(url: str, cause: BaseException) -> ClientFailed:
     """The failure for a URL that nothing answers at."""
     if isinstance(cause, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
         return ClientFailed(
-            f"{url!r} is not a URL of a host", f"It looks like {DEFAULT_URL} (--url, HOTDESK_URL).", exit_code=2
+            f"{url!r} is not a URL of a host",
+            f"It looks like {DEFAULT_URL} (--url, HOTDESK_URL).",
+            exit_code=2,
         )
     if isinstance(cause, TimeoutError):
         problem = f"the host at {url} does not answer in time"
@@ -186,7 +192,9 @@ def no_host(url: str, cause: BaseException) -> ClientFailed:
         problem = f"no host answers at {url} ({cause.strerror or cause.os_error})"
     else:
         problem = f"the connection to {url} broke: {cause or type(cause).__name__}"
-    return ClientFailed(problem, "Start one with `hotdesk run`, or name it with --url or HOTDESK_URL.", exit_code=3)
+    return ClientFailed(
+        problem, "Start one with `hotdesk run`, or name it with --url or HOTDESK_URL.", exit_code=3
+    )
 
 
 def refusal(url: str, status: int, body: bytes, *, token_given: bool) -> ClientFailed:
@@ -219,4 +227,6 @@ def _unknown_plugin(name: str, known: list[str]) -> ClientFailed:
 
 
 def _not_hotdesk(url: str, what: str) -> ClientFailed:
-    return ClientFailed(f"what answers at {url} is no hotdesk host: {what}", "Look at --url or HOTDESK_URL.", exit_code=3)
+    return ClientFailed(
+        f"what answers at {url} is no hotdesk host: {what}", "Look at --url or HOTDESK_URL.", exit_code=3
+    )

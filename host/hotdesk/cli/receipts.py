@@ -87,7 +87,11 @@ def _failed(event: Mapping[str, Any]) -> str:
 
 def _rolled_back(event: Mapping[str, Any]) -> str:
     old, new = event.get("from"), event.get("to")
-    step = f"{one_line(event.get('plugin', '?'))} {old} → {new}" if old is not None and new is not None else _who(event)
+    step = (
+        f"{one_line(event.get('plugin', '?'))} {old} → {new}"
+        if old is not None and new is not None
+        else _who(event)
+    )
     return f"{step} rolled back{_why(event)}"
 
 
@@ -110,7 +114,9 @@ def _leftover(event: Mapping[str, Any]) -> str:
 
 
 def _stalled(event: Mapping[str, Any]) -> str:
-    held = next((event[key] for key in ("ms", "stalled_ms", "blocked_ms") if event.get(key) is not None), None)
+    held = next(
+        (event[key] for key in ("ms", "stalled_ms", "blocked_ms") if event.get(key) is not None), None
+    )
     time = f" for {_ms(held)} ms" if held is not None else ""
     return f"{_who(event) if event.get('plugin') else 'something'} held the event loop{time}{_why(event)}"
 

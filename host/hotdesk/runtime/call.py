@@ -80,9 +80,7 @@ class Calls:
         for clock in list(self._clocks):
             if now >= clock.deadline:
                 self._expire(clock, now)
-        self._ticking = (
-            asyncio.get_running_loop().call_later(TICK_S, self._tick) if self._clocks else None
-        )
+        self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick) if self._clocks else None
 
     def _expire(self, clock: Clock, now: float) -> None:
         if clock.expired is not clock.call:
@@ -103,7 +101,10 @@ class Calls:
         breaker = slot.breaker
         if breaker.state != "closed" and not breaker.allows(start):
             raise CallFailed(
-                slot.generation.plugin, slot.generation.number, hook.name, "was not called: its breaker is open"
+                slot.generation.plugin,
+                slot.generation.number,
+                hook.name,
+                "was not called: its breaker is open",
             )
         me = object()
         outer_deadline, outer_call = clock.deadline, clock.call
@@ -131,9 +132,8 @@ class Calls:
             CURRENT.reset(token)
             now = monotonic()
             clock.call = outer_call
-            own = now - start if clock.deadline == start + slot.timeout_s else slot.timeout_s - (clock.deadline - now)
+            hook.stats.observe(slot.timeout_s - (clock.deadline - now))  # what further calls took was added back
             clock.deadline = outer_deadline + (now - start)
-            hook.stats.observe(own)
         if clock.expired is me:
             self._uncancel(clock)
             raise self._late(slot, hook, start)
@@ -147,7 +147,12 @@ class Calls:
 
     def refuse(self, slot: Slot, hook: BoundHook, problem: str) -> CallFailed:
         """Count a call that came back with something its hook may not give."""
-        return self._note(slot, hook, CallFailed(slot.generation.plugin, slot.generation.number, hook.name, problem), "value")
+        return self._note(
+            slot,
+            hook,
+            CallFailed(slot.generation.plugin, slot.generation.number, hook.name, problem),
+            "value",
+        )
 
     @staticmethod
     def _uncancel(clock: Clock) -> None:
@@ -159,7 +164,9 @@ class Calls:
     def _late(self, slot: Slot, hook: BoundHook, start: float) -> CallFailed:
         generation = slot.generation
         timeout_ms = round(slot.timeout_s * 1000)
-        return self._note(slot, hook, CallTimeout(generation.plugin, generation.number, hook.name, timeout_ms), "timeout")
+        return self._note(
+            slot, hook, CallTimeout(generation.plugin, generation.number, hook.name, timeout_ms), "timeout"
+        )
 
     def _failed(self, slot: Slot, hook: BoundHook, exc: BaseException) -> CallFailed:
         generation = slot.generation
@@ -174,7 +181,11 @@ class Calls:
         slot.breaker.failed(monotonic())
         self._metrics.failures.labels(generation.plugin, hook.name, kind).inc()
         self._log.warning(
-            "call_failed", plugin=generation.plugin, generation=generation.number, hook=hook.name, problem=failure.problem
+            "call_failed",
+            plugin=generation.plugin,
+            generation=generation.number,
+            hook=hook.name,
+            problem=failure.problem,
         )
         if generation.probation_left:
             self.on_failure(generation, failure)

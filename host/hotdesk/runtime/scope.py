@@ -134,9 +134,7 @@ class Context:
 
     async def send(self, conversation: str, text: str, *, metadata: dict[str, Any] | None = None) -> Any:
         self._scope.admit("ctx.send")
-        return await self._send(
-            conversation, text, plugin=self.plugin, generation=self.generation, metadata=metadata
-        )
+        return await self._send(conversation, text, plugin=self.plugin, generation=self.generation, metadata=metadata)
 
     def task(self, coro: Coroutine[Any, Any, Any], name: str | None = None) -> asyncio.Task[Any]:
         label = f"task {name or getattr(coro, '__name__', 'task')!r}"

@@ -8,7 +8,18 @@ from typing import Any, Protocol, TypeVar, overload
 
 from .messages import Json, Message, Reply
 
-__all__ = ["CallNext", "Conversation", "Ctx", "Http", "HttpResponse", "Kv", "Log", "Metric", "StoredReply", "Turn"]
+__all__ = [
+    "CallNext",
+    "Conversation",
+    "Ctx",
+    "Http",
+    "HttpResponse",
+    "Kv",
+    "Log",
+    "Metric",
+    "StoredReply",
+    "Turn",
+]
 
 T = TypeVar("T")
 
@@ -47,6 +58,7 @@ class Turn(Protocol):
 
     @property
     def message(self) -> Message: ...
+
     text: str
     """The text as the plugins further in see it. A middleware may change it; the record keeps the original."""
 

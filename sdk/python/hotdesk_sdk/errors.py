@@ -5,7 +5,14 @@ A class per situation that somebody handles differently; each carries what is at
 
 from __future__ import annotations
 
-__all__ = ["ApiUnsupported", "CapabilityDenied", "HotdeskError", "ManifestInvalid", "PluginError", "ScopeClosed"]
+__all__ = [
+    "ApiUnsupported",
+    "CapabilityDenied",
+    "HotdeskError",
+    "ManifestInvalid",
+    "PluginError",
+    "ScopeClosed",
+]
 
 
 class HotdeskError(Exception):

@@ -15,7 +15,7 @@ __all__ = ["API_VERSIONS", "Manifest", "parse_manifest"]
 API_VERSIONS = ("1",)
 """The plugin API versions that this SDK describes, oldest first."""
 
-_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}\Z")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}\Z")
 _CAPABILITY = re.compile(r"(kv|llm|http:[a-z0-9*.-]+(:\d+)?)\Z")
 
 
@@ -52,7 +52,8 @@ def parse_manifest(name: str, source: bytes | None, *, file: str = "plugin.toml"
     chosen = manifest.name or name
     if not _NAME.match(chosen):
         raise ManifestInvalid(
-            name, f"{file or 'the file name'}: a plugin name is a lower-case letter, then letters, digits, - or _"
+            name,
+            f"{file or 'the file name'}: a plugin name is a letter, then letters, digits, - or _",
         )
     if manifest.api not in API_VERSIONS:
         raise ApiUnsupported(chosen, manifest.api, API_VERSIONS)

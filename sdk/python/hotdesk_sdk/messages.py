@@ -10,7 +10,17 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["Answer", "Attachment", "InboundMessage", "Intake", "Message", "Reply", "Request", "Sender", "Tool"]
+__all__ = [
+    "Answer",
+    "Attachment",
+    "InboundMessage",
+    "Intake",
+    "Message",
+    "Reply",
+    "Request",
+    "Sender",
+    "Tool",
+]
 
 Json = Any
 """Anything that JSON can say: None, bool, int, float, str, lists and string-keyed dicts of these."""

@@ -1,0 +1,239 @@
+"""The end of a generation: what it left is taken away, and that it is gone is proven.
+
+Known roots are swept (modules, tasks, timers, threads, logging handlers, atexit, singledispatch, the global metrics
+registry, linecache); then weak references to the module's functions and classes tell whether anything still holds
+them. What can't be freed is named, with its holder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import gc
+import linecache
+import logging
+import sys
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from types import FunctionType, MappingProxyType, ModuleType
+from typing import Any
+
+from .active import Generation
+from .plugin_metrics import strip_global_registry
+from .python import PythonLoader
+
+__all__ = ["Baseline", "Leftover", "Release", "describe_holders"]
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Something that a generation left behind; *freed* says whether the host could take it away."""
+
+    kind: str
+    what: str
+    freed: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.what}" + ("" if self.freed else " (still there)")
+
+
+@dataclass(slots=True)
+class Baseline:
+    """Which handlers and threads there were before a generation was loaded; the difference is its own."""
+
+    handlers: set[int] = field(default_factory=lambda: {id(handler) for _, handler in _handlers()})
+    threads: set[int] = field(default_factory=lambda: {id(thread) for thread in threading.enumerate()})
+
+
+def _loggers() -> list[logging.Logger]:
+    known = [item for item in logging.Logger.manager.loggerDict.values() if isinstance(item, logging.Logger)]
+    return [logging.getLogger(), *known]
+
+
+def _handlers() -> list[tuple[logging.Logger, logging.Handler]]:
+    return [(logger, handler) for logger in _loggers() for handler in logger.handlers]
+
+
+class Release:
+    """Releases generations and counts those that are not yet proven gone."""
+
+    def __init__(self, loader: PythonLoader) -> None:
+        self._loader = loader
+        self._watched: dict[tuple[str, int, str], list[weakref.ref[Any]]] = {}
+        self._next_collect = 0.0
+        self._singledispatch: list[weakref.ref[Any]] | None = None
+
+    @property
+    def unproven(self) -> int:
+        """How many released generations something still holds, as far as is known without a collection."""
+        return sum(1 for refs in self._watched.values() if any(ref() is not None for ref in refs))
+
+    def note_loaded(self, generation: Generation, before: Baseline) -> dict[str, list[Any]]:
+        """What *generation* registered while it was loaded: kept by the caller until `sweep`."""
+        strip = strip_global_registry()
+        return {
+            "handlers": [pair for pair in _handlers() if id(pair[1]) not in before.handlers],
+            "threads": [
+                weakref.ref(thread)
+                for thread in threading.enumerate()
+                if id(thread) not in before.threads and _is_foreign(thread)
+            ],
+            "metrics": strip,
+        }
+
+    async def sweep(self, generation: Generation, noted: dict[str, list[Any]]) -> list[Leftover]:
+        """Take away what *generation* left at the known roots, and let go of its modules."""
+        left: list[Leftover] = []
+        left += await _cancel_tasks(generation)
+        left += _cancel_timers(generation)
+        prefix = generation.module_name
+        for logger, handler in _handlers():
+            if (logger, handler) in noted.get("handlers", []) or _owned(type(handler), prefix):
+                logger.removeHandler(handler)
+                handler.close()
+                left.append(Leftover("logging handler", f"{type(handler).__name__} on '{logger.name}'", True))
+        left += [Leftover("metric", name, True) for name in noted.get("metrics", []) + strip_global_registry()]
+        left += await _end_threads(noted.get("threads", []), prefix)
+        noted.clear()
+        modules = [m for key, m in list(sys.modules.items()) if key == prefix or key.startswith(prefix + ".")]
+        self._loader.forget(prefix)
+        objects = [value for module in modules for value in _own_objects(module, prefix)]
+        for value in objects:
+            if isinstance(value, FunctionType):
+                atexit.unregister(value)
+        left += self._sweep_singledispatch(prefix)
+        for path in generation.bundle.paths:
+            linecache.cache.pop(path, None)
+        self._watched[(generation.plugin, generation.number, prefix)] = [weakref.ref(value) for value in objects]
+        generation.hooks = {}
+        generation.tools = []
+        generation.routes = None
+        clear = not any(not item.freed for item in left)
+        del objects
+        for module in modules:
+            if clear:
+                module.__dict__.clear()
+        return left
+
+    def _sweep_singledispatch(self, prefix: str) -> list[Leftover]:
+        if self._singledispatch is None:
+            self._singledispatch = [
+                weakref.ref(item)
+                for item in gc.get_objects()
+                if isinstance(item, FunctionType) and isinstance(getattr(item, "registry", None), MappingProxyType)
+            ]
+        left = []
+        for ref in self._singledispatch:
+            function = ref()
+            if function is None or _owned(function, prefix):
+                continue
+            registry = gc.get_referents(getattr(function, "registry", None))[0]
+            for key, value in list(registry.items()):
+                if _owned(key, prefix) or _owned(value, prefix):
+                    del registry[key]
+                    getattr(function, "_clear_cache", lambda: None)()
+                    left.append(Leftover("singledispatch entry", f"{function.__name__}({key.__name__})", True))
+        return left
+
+    def verify(self, *, must: bool = False) -> dict[tuple[str, int, str], list[Any]]:
+        """The released generations that are still held, and by which of their objects.
+
+        A full collection stops the loop for as long as it takes, so there is at most one per hundred times
+        the last one's length; *must* asks for one now.
+        """
+        self._forget_dead()
+        now = time.monotonic()
+        if self._watched and (must or now >= self._next_collect):
+            gc.collect()
+            self._next_collect = now + 100 * (time.monotonic() - now)
+            self._forget_dead()
+        return {key: [target for ref in refs if (target := ref()) is not None] for key, refs in self._watched.items()}
+
+    def _forget_dead(self) -> None:
+        self._watched = {
+            key: alive for key, refs in self._watched.items() if (alive := [ref for ref in refs if ref() is not None])
+        }
+
+
+def _owned(item: Any, prefix: str) -> bool:
+    name = getattr(item, "__module__", None)
+    return isinstance(name, str) and (name == prefix or name.startswith(prefix + "."))
+
+
+def _own_objects(module: ModuleType, prefix: str) -> list[Any]:
+    return [
+        value for value in vars(module).values() if isinstance(value, FunctionType | type) and _owned(value, prefix)
+    ]
+
+
+def _is_foreign(thread: threading.Thread) -> bool:
+    return not thread.name.startswith(("load-", "hotdesk-", "asyncio_", "ThreadPoolExecutor", "AnyIO"))
+
+
+async def _cancel_tasks(generation: Generation) -> list[Leftover]:
+    strays = [task for task in list(generation.stray_tasks or ()) if not task.done()]
+    current = asyncio.current_task()
+    strays = [task for task in strays if task is not current]
+    for task in strays:
+        task.cancel()
+    if strays:
+        await asyncio.wait(strays, timeout=1.0)
+    generation.stray_tasks = None
+    return [Leftover("task", _task_name(task), task.done()) for task in strays]
+
+
+def _task_name(task: asyncio.Task[Any]) -> str:
+    coro = task.get_coro()
+    inner = getattr(getattr(coro, "cr_frame", None), "f_locals", {}).get("coro") or coro
+    return f"'{getattr(inner, '__qualname__', task.get_name())}'"
+
+
+def _cancel_timers(generation: Generation) -> list[Leftover]:
+    left = []
+    now = asyncio.get_running_loop().time()
+    for handle in list(generation.stray_timers or ()):
+        if not handle.cancelled() and handle.when() > now:
+            handle.cancel()
+            left.append(Leftover("timer", "set with loop.call_later", True))
+    generation.stray_timers = None
+    return left
+
+
+async def _end_threads(noted: list[Any], prefix: str) -> list[Leftover]:
+    threads = {thread for ref in noted if (thread := ref()) is not None}
+    for thread in threading.enumerate():
+        target = getattr(thread, "_target", None) or getattr(thread, "function", None)
+        if _owned(target, prefix) or _owned(type(thread), prefix):
+            threads.add(thread)
+    left = []
+    for thread in threads:
+        if not thread.is_alive():
+            continue
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
+            await asyncio.to_thread(thread.join, 0.5)
+        left.append(Leftover("thread", f"'{thread.name}'", not thread.is_alive()))
+    return left
+
+
+def describe_holders(target: Any) -> str:
+    """In words, what holds *target*: looks through the whole heap, so only for a report."""
+    words = []
+    ignore = {id(sys._getframe())}
+    for holder in gc.get_referrers(target):
+        if id(holder) in ignore or (isinstance(holder, list) and target in holder[:1]):
+            continue
+        if isinstance(holder, ModuleType):
+            words.append(f"module {holder.__name__}")
+        elif isinstance(holder, dict):
+            owner = holder.get("__name__")
+            keys = [str(key) for key, value in holder.items() if value is target][:1]
+            words.append(f"{owner or 'a dict'}[{keys[0] if keys else '?'}]")
+        elif isinstance(holder, FunctionType | functools.partial):
+            words.append(f"function {getattr(holder, '__qualname__', holder)}")
+        else:
+            words.append(type(holder).__qualname__)
+    return ", ".join(dict.fromkeys(words[:5])) or "nothing that can be seen from Python"

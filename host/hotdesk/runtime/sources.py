@@ -1,0 +1,294 @@
+"""Where plugins live, and their bytes: found, settled, read whole and hashed.
+
+A file that somebody still writes is never read as a version: on Linux the kernel is asked whether anybody has
+it open for writing (a read lease, fcntl(2)), elsewhere a quiet time is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import signal
+import time
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
+
+import msgspec
+
+from hotdesk_sdk import HotdeskError, Manifest, parse_manifest
+
+from ..errors import LoadFailed
+
+__all__ = ["Bundle", "Source", "find_entry_points", "find_sources", "name_of", "settle", "signature"]
+
+GRACE_S = 0.35
+"""How long a file that does not parse may be a half-written one: half-writers seen in the field pause up to 300 ms."""
+
+PACKAGE_QUIET_S = 0.04
+"""A folder is read once none of its files changed for this long: tools write many files one after the other."""
+
+GONE_S = 0.1
+"""How long a file must be missing before it counts as deleted: some editors delete, then write."""
+
+WRITER_LIMIT_S = 10.0
+"""After this the file is read though somebody keeps it open for writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one plugin is: a `.py` or `.wasm` file, a folder, or an installed package's entry point."""
+
+    name: str
+    path: Path
+    kind: str
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "plugin.toml" if self.kind == "folder" else self.path.with_suffix(".toml")
+
+    def files(self) -> list[Path]:
+        """Every file that belongs to it, in a stable order."""
+        if self.kind == "folder":
+            found = []
+            for folder, folders, names in os.walk(self.path, followlinks=True):
+                folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+                found += [Path(folder, name) for name in sorted(names) if _belongs(name)]
+            return found
+        manifest = self.manifest_path
+        return [self.path, manifest] if manifest.exists() else [self.path]
+
+
+def _belongs(name: str) -> bool:
+    return not (
+        name.startswith((".", "test_", "#"))
+        or name.endswith(("~", ".pyc", ".swp", ".tmp", ".bak"))
+        or name in ("4913", "conftest.py")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One version of a plugin: its bytes, read in one go, and what they hash to."""
+
+    source: Source
+    files: dict[str, bytes]
+    manifest: Manifest
+    digest: str
+    """Of all that a swap is needed for."""
+    config_digest: str
+    """Of the manifest's `[config]` alone."""
+    code: dict[str, CodeType] = field(compare=False)
+    paths: dict[str, str]
+    """The path that a traceback shows, to the name in `files`."""
+
+
+def name_of(path: Path, root: Path) -> str | None:
+    """Which plugin of the folder *root* a changed *path* belongs to; None where it can't be said from the name."""
+    try:
+        first = path.relative_to(root).parts[0]
+    except (ValueError, IndexError):
+        return None
+    if first.startswith((".", "_")):
+        return None
+    return Path(first).stem if first.endswith((".py", ".toml", ".wasm")) else first
+
+
+def find_sources(root: Path) -> dict[str, list[Source]]:
+    """The plugins in a folder, by name, in the order of their files. Two sources of one name are a clash."""
+    found: dict[str, list[Source]] = {}
+    try:
+        names = sorted(os.listdir(root))
+    except FileNotFoundError:
+        return {}
+    for name in names:
+        path = root / name
+        if name.startswith((".", "_")) or not _belongs(name):
+            continue
+        if name.endswith((".py", ".wasm")) and path.is_file():
+            source = Source(path.stem, path, name.rpartition(".")[2])
+        elif (path / "__init__.py").is_file() or (path / "plugin.wasm").is_file():
+            source = Source(name, path, "folder")
+        else:
+            continue
+        found.setdefault(source.name, []).append(source)
+    return found
+
+
+def find_entry_points() -> dict[str, Source | LoadFailed]:
+    """Installed plugins: the entry-point group `hotdesk`."""
+    found: dict[str, Source | LoadFailed] = {}
+    for entry in importlib.metadata.entry_points(group="hotdesk"):
+        try:
+            spec = importlib.util.find_spec(entry.module)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+            found[entry.name] = LoadFailed(
+                entry.name, "find", f"its entry point names {entry.module}, which is not there"
+            )
+        else:
+            origin = Path(spec.origin)
+            folder = origin.name == "__init__.py"
+            found[entry.name] = Source(entry.name, origin.parent if folder else origin, "folder" if folder else "py")
+    return found
+
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
+
+
+def signature(source: Source) -> Signature | None:
+    """What stat says of all its files: changes when any does. None when it is not there."""
+    rows = []
+    try:
+        for path in source.files():
+            stat = path.stat()
+            rows.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return tuple(rows) if rows and (source.kind != "folder" or _is_plugin_folder(source.path)) else None
+
+
+def _is_plugin_folder(path: Path) -> bool:
+    return (path / "__init__.py").is_file() or (path / "plugin.wasm").is_file()
+
+
+async def settle(source: Source) -> Bundle | None:
+    """Wait until *source* is whole and quiet, and read it. None: it is gone.
+
+    Raises `LoadFailed` when its bytes are no plugin, but not before a writer had time to finish.
+    """
+    started = time.monotonic()
+    missing_since: float | None = None
+    while True:
+        before = signature(source)
+        now = time.monotonic()
+        if before is None:
+            missing_since = missing_since or now
+            if now - missing_since >= GONE_S:
+                return None
+            await asyncio.sleep(0.005)
+            continue
+        missing_since = None
+        age = time.time() - max(max(mtime, ctime) for _, _, _, mtime, ctime in before) / 1e9
+        if source.kind == "folder" and 0 <= age < PACKAGE_QUIET_S:
+            await asyncio.sleep(PACKAGE_QUIET_S - age)
+            continue
+        try:
+            files, certain = await asyncio.to_thread(_read, source)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            if now - started < WRITER_LIMIT_S:
+                await asyncio.sleep(0.005)
+                continue
+            files, certain = await asyncio.to_thread(_read, source, lease=False)
+        if signature(source) != before:
+            continue
+        if not certain and 0 <= age < GRACE_S:
+            await asyncio.sleep(0.02)
+            continue
+        try:
+            return await asyncio.to_thread(_parse, source, files)
+        except HotdeskError:
+            if 0 <= age < GRACE_S:
+                await asyncio.sleep(0.02)
+                continue
+            raise
+
+
+def _read(source: Source, *, lease: bool = True) -> tuple[dict[str, bytes], bool]:
+    """All files' bytes, and whether it is certain that nobody was writing. `BlockingIOError`: somebody is."""
+    base = source.path if source.kind == "folder" else source.path.parent
+    files, certain = {}, True
+    for path in source.files():
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            leased = lease and _lease(fd)
+            certain = certain and leased
+            with os.fdopen(os.dup(fd), "rb") as file:
+                files[path.relative_to(base).as_posix()] = file.read()
+            if leased:
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        finally:
+            os.close(fd)
+    return files, certain
+
+
+def _lease(fd: int) -> bool:
+    """Take a read lease: the kernel grants it only while nobody has the file open for writing."""
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # a broken lease's default signal would end the process
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _parse(source: Source, files: dict[str, bytes]) -> Bundle:
+    base = source.path if source.kind == "folder" else source.path.parent
+    manifest_name = "plugin.toml" if source.kind == "folder" else source.manifest_path.name
+    raw = files.get(manifest_name)
+    manifest = parse_manifest(source.name, raw, file=str(base / manifest_name))
+    main = "__init__.py" if source.kind == "folder" else source.path.name
+    if main not in files or main.endswith(".wasm"):
+        raise LoadFailed(
+            source.name, "find", "it is WebAssembly, which this version does not load", file=str(source.path)
+        )
+    if not files[main].strip():
+        raise LoadFailed(source.name, "parse", "the file is empty", file=str(base / main))
+    code, paths = {}, {}
+    for name, data in files.items():
+        if name.endswith(".py"):
+            path = str(base / name)
+            paths[path] = name
+            code[name] = _compile(source.name, data, path)
+    return Bundle(
+        source,
+        files,
+        manifest,
+        _digest(source, files, manifest_name),
+        _hash([msgspec.json.encode(manifest.config)]),
+        code,
+        paths,
+    )
+
+
+def _compile(plugin: str, data: bytes, path: str) -> CodeType:
+    try:
+        return compile(data, path, "exec", dont_inherit=True)
+    except SyntaxError as exc:
+        raise LoadFailed(plugin, "parse", f"{type(exc).__name__}: {exc.msg}", file=path, line=exc.lineno) from exc
+    except (ValueError, UnicodeDecodeError) as exc:
+        raise LoadFailed(plugin, "parse", f"it is not Python source: {exc}", file=path) from exc
+    except (RecursionError, MemoryError, OverflowError) as exc:
+        raise LoadFailed(plugin, "parse", f"it is nested too deeply to compile: {exc}", file=path) from exc
+
+
+def _digest(source: Source, files: dict[str, bytes], manifest_name: str) -> str:
+    parts = []
+    for name, data in sorted(files.items()):
+        if name == manifest_name:
+            document = tomllib.loads(data.decode())
+            document.pop("config", None)
+            data = msgspec.json.encode(document, order="deterministic")
+        parts += [name.encode(), data]
+    return _hash([source.kind.encode(), *parts])
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()

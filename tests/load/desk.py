@@ -1,0 +1,164 @@
+"""What the runs say to a host, in bytes, and what it says back, typed: messages, the record, plugins, metrics."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+from tests.load.client import HttpClient, request_bytes
+from tests.load.history import Accepted, Event, History, Recorded, Replied
+from tests.load.hosts import ADMIN_TOKEN, Server
+
+__all__ = ["Desk", "Taken", "message_body", "message_request", "message_target", "note_taken", "read_taken"]
+
+_MARK = re.compile(r"\[(v\d+)\]")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A message or a reply, as any door shows it."""
+
+    id: str
+    conversation: str
+    seq: int
+    type: str = "reply"
+    to: str | None = None
+    text: str = ""
+    plugin: str = ""
+    generation: int = 0
+    metadata: dict[str, Any] = {}
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the plugin's code said of its version: in `metadata["marks"]`, and as `[v1]` in the text."""
+        if self.type != "reply":
+            return ()
+        return (*self.metadata.get("marks", ()), *_MARK.findall(self.text))
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """The answer to a message: what was accepted, and the replies where somebody waited for them."""
+
+    id: str
+    conversation: str
+    seq: int
+    status: str
+    replies: list[Entry] = []
+
+
+class Page(msgspec.Struct, frozen=True):
+    """A page of the record."""
+
+    messages: list[Entry]
+    next: int | None = None
+
+
+class PluginStatus(msgspec.Struct, frozen=True):
+    """The part of `GET /admin/plugins/{name}` that the runs look at."""
+
+    generation: int | None = None
+    state: str = ""
+
+
+read_taken = msgspec.json.Decoder(Taken).decode
+read_entry = msgspec.json.Decoder(Entry).decode
+_read_page = msgspec.json.Decoder(Page).decode
+_read_status = msgspec.json.Decoder(PluginStatus).decode
+
+
+def message_body(id: str, text: str) -> bytes:
+    """The JSON of one message, as a client would write it."""
+    return msgspec.json.encode({"id": id, "text": text})
+
+
+def message_target(conversation: str, *, wait: bool) -> str:
+    """The path of one conversation's messages; with *wait* the answer is to come with the replies."""
+    return f"/v1/conversations/{conversation}/messages{'?wait=10' if wait else ''}"
+
+
+def message_request(conversation: str, id: str, text: str, *, wait: bool = True) -> bytes:
+    """One message as a whole HTTP request."""
+    return request_bytes("POST", message_target(conversation, wait=wait), message_body(id, text))
+
+
+def note_taken(history: History, taken: Taken, now: float) -> None:
+    """Write down an answer: the promise, and the replies that came with it."""
+    history.add(Accepted(conversation=taken.conversation, id=taken.id, time=now, seq=taken.seq))
+    for reply in taken.replies:
+        history.add(shown(reply, now))
+
+
+def shown(reply: Entry, now: float) -> Replied:
+    """A reply as an event of the history."""
+    return Replied(
+        conversation=reply.conversation,
+        id=reply.id,
+        time=now,
+        seq=reply.seq,
+        to=reply.to,
+        generation=reply.generation,
+        plugin=reply.plugin,
+        text=reply.text,
+        marks=reply.marks,
+    )
+
+
+class Desk:
+    """A host's slower doors: record, admin, metrics."""
+
+    def __init__(self, server: Server) -> None:
+        self._client = HttpClient(server.port, f"Authorization: Bearer {ADMIN_TOKEN}\r\n")
+
+    def close(self) -> None:
+        self._client.close()
+
+    async def get(self, target: str) -> bytes:
+        answer = await self._client.request("GET", target)
+        if answer.status != 200:
+            raise RuntimeError(f"GET {target}: {answer.status} {answer.body[:300]!r}")
+        return answer.body
+
+    async def say(self, conversation: str, id: str, text: str) -> Taken:
+        """One message, and the answer with its replies."""
+        target = message_target(conversation, wait=True)
+        answer = await self._client.request("POST", target, message_body(id, text))
+        if answer.status != 200:
+            raise RuntimeError(f"POST {target}: {answer.status} {answer.body[:300]!r}")
+        return read_taken(answer.body)
+
+    async def read_record(self, conversation: str, now: float) -> list[Event]:
+        """The whole record of a conversation, as events of the history."""
+        events: list[Event] = []
+        after: int | None = 0
+        while after is not None:
+            target = f"/v1/conversations/{conversation}/messages?after={after}&limit=500"
+            page = _read_page(await self.get(target))
+            after = page.next
+            events += (
+                Recorded(
+                    conversation=conversation,
+                    id=entry.id,
+                    time=now,
+                    type=entry.type,
+                    seq=entry.seq,
+                    to=entry.to,
+                    generation=entry.generation,
+                    plugin=entry.plugin,
+                    text=entry.text if entry.type == "reply" else "",
+                    marks=entry.marks,
+                )
+                for entry in page.messages
+            )
+        return events
+
+    async def plugin(self, name: str) -> PluginStatus:
+        return _read_status(await self.get(f"/admin/plugins/{name}"))
+
+    async def metric(self, name: str, plugin: str) -> float:
+        """One gauge from `/metrics`: the sample labelled with *plugin* where there is one, else the only one."""
+        samples = re.findall(rf"^{name}(\{{.*\}})? (\S+)$", (await self.get("/metrics")).decode(), re.MULTILINE)
+        values = {labels: float(value) for labels, value in samples}
+        if not values:
+            raise RuntimeError(f"/metrics has no {name}")
+        ours = [value for labels, value in values.items() if f'plugin="{plugin}"' in labels]
+        return sum(ours) if ours else sum(values.values())

@@ -1,0 +1,100 @@
+"""What a run gives: figures with their targets; printed as a table, and plain data for `tests.bench`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.table import Table
+from tests.load.checker import KINDS, Verdict
+
+__all__ = ["Figure", "Measure", "judged", "print_table", "result_of", "run_main"]
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """One number, and what it should be; one without a target is there to read the others by."""
+
+    name: str
+    value: float
+    unit: str = ""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is reached; a value that is not a number never is."""
+        if math.isnan(self.value):
+            return False
+        low = self.at_least is None or self.value >= self.at_least
+        return low and (self.at_most is None or self.value <= self.at_most)
+
+    @property
+    def target(self) -> str:
+        if self.at_least is not None:
+            return f"≥ {self.at_least:,g}"
+        return f"≤ {self.at_most:,g}" if self.at_most is not None else ""
+
+
+Measure = Callable[[bool], Awaitable[list[Figure]]]
+"""A run: takes whether to do the short form."""
+
+
+def judged(verdict: Verdict) -> list[Figure]:
+    """The checker's counts as figures, each of which must be 0."""
+    return [Figure(kind, verdict.count(kind), at_most=0) for kind in KINDS]
+
+
+def result_of(name: str, figures: list[Figure]) -> dict[str, Any]:
+    """A run's outcome as plain data, for JSON."""
+    rows = [{**msgspec.to_builtins(figure), "met": figure.met} for figure in figures]
+    return {"run": name, "met": all(figure.met for figure in figures), "figures": rows}
+
+
+def print_table(title: str, rows: list[tuple[str, Figure]]) -> None:
+    """Print figures, each with the run it is from where that is said."""
+    table = Table(title=title, title_justify="left")
+    several = any(run for run, _ in rows)
+    for column in ("run",) * several + ("figure",):
+        table.add_column(column)
+    for column in ("value", "target"):
+        table.add_column(column, justify="right")
+    table.add_column("unit")
+    table.add_column("")
+    for run, figure in rows:
+        outcome = "" if not figure.target else "[green]met[/]" if figure.met else "[red]missed[/]"
+        cells = (run,) * several + (figure.name, readable(figure.value), figure.target, figure.unit, outcome)
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def readable(value: float) -> str:
+    """A number with about four digits that mean something."""
+    if value == round(value) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def run_main(measure: Measure) -> None:
+    """The command line of the run whose module was started. Exit code 1 when a target is missed."""
+    module = sys.modules["__main__"]
+    name = module.__spec__.name if module.__spec__ else str(module.__file__)
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=module.__doc__)
+    parser.add_argument("--short", action="store_true", help="a few seconds, to see that it works; no fair figures")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    options = parser.parse_args()
+    figures = uvloop.run(_measured(measure, options.short))
+    if options.json:
+        print(msgspec.json.encode(result_of(name, figures)).decode())
+    else:
+        print_table(f"{name}{' --short' if options.short else ''}", [("", figure) for figure in figures])
+    sys.exit(not all(figure.met for figure in figures))
+
+
+async def _measured(measure: Measure, short: bool) -> list[Figure]:
+    return await measure(short)
