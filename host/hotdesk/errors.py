@@ -7,6 +7,7 @@ what is at fault and builds its own text.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hotdesk_sdk import HotdeskError, PluginError
 
@@ -48,10 +49,15 @@ class LoadFailed(PluginError):
 
 
 class CallFailed(PluginError):
-    """A call into a plugin that raised, or that gave what its hook may not give."""
+    """A call into a plugin that raised, or that gave what its hook may not give.
+
+    `rerun` is set when the generation was in probation and is rolled back: True, or an awaitable that
+    tells whether the rollback came about. The turn is then to be run again.
+    """
 
     def __init__(self, plugin: str, generation: int, hook: str, problem: str) -> None:
         self.hook = hook
+        self.rerun: Any = None
         super().__init__(plugin, generation, f"{hook} {problem}")
 
 

@@ -74,7 +74,7 @@ async def measure(short: bool) -> list[Figure]:
             for number in range(SENDERS):
                 group.create_task(senders.run(number))
             for _ in range(kills):
-                await asyncio.sleep(0.2 + random.random() * up_s)
+                await asyncio.sleep(random.random() * up_s)
                 await server.kill()
                 ready.append(await server.start())
             await asyncio.sleep(1.0)

@@ -87,6 +87,10 @@ class _Case:
                 self.record.append(event)
                 (self.messages if event.type == "message" else self.replies).append(event)
 
+    def all_replies(self) -> list[Recorded | Replied]:
+        """What is kept, then what was shown."""
+        return [*self.replies, *self.shown]
+
     def fault(self, kind: str, what: str) -> Fault:
         return Fault(kind, self.conversation, what)
 
@@ -146,13 +150,14 @@ def _doubled(case: _Case) -> Iterable[Fault]:
         if count > 1:
             twice[id] = f"{type} {id} is in the record {count} times"
     seqs: dict[str, set[int]] = defaultdict(set)
-    for event in (*case.accepted, *case.messages):
+    promised_and_kept: list[Accepted | Recorded] = [*case.accepted, *case.messages]
+    for event in promised_and_kept:
         seqs[event.id].add(event.seq)
     for id, found in seqs.items():
         if len(found) > 1:
             twice.setdefault(id, f"{id} has the seqs {sorted(found)}")
     answers: dict[str, set[str]] = defaultdict(set)
-    for reply in (*case.shown, *case.replies):
+    for reply in case.all_replies():
         if reply.to is not None:
             answers[reply.to].add(reply.id)
     for to, ids in answers.items():
@@ -204,7 +209,7 @@ def _sent_out_of_order(case: _Case) -> Iterator[Fault]:
 
 
 def _mixed_turns(case: _Case) -> Iterator[Fault]:
-    for reply in {reply.id: reply for reply in (*case.replies, *case.shown)}.values():
+    for reply in {reply.id: reply for reply in case.all_replies()}.values():
         if len(set(reply.marks)) > 1:
             yield case.fault("mixed", f"reply {reply.id} to {reply.to} carries the marks {', '.join(reply.marks)}")
 
@@ -213,7 +218,7 @@ def _mixed_generations(cases: Iterable[_Case]) -> Iterator[Fault]:
     """A generation is one set of bytes, so all its replies carry one mark, in whatever conversation."""
     marks: dict[tuple[str, int], str] = {}
     for case in cases:
-        for reply in {reply.id: reply for reply in (*case.replies, *case.shown)}.values():
+        for reply in {reply.id: reply for reply in case.all_replies()}.values():
             if len(set(reply.marks)) != 1:
                 continue
             mark = reply.marks[0]

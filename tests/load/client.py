@@ -257,6 +257,7 @@ class _OpenLoop:
         self._busy: dict[HttpConnection, tuple[int, float]] = {}
         self._queue: deque[tuple[int, float]] = deque()
         self._opening: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def connect(self) -> None:
         loop = asyncio.get_running_loop()
@@ -284,10 +285,10 @@ class _OpenLoop:
             self.load.failures["no answer"] += len(self._busy) + len(self._queue)
 
     def close(self) -> None:
+        self._closed = True
         for task in self._opening:
             task.cancel()
-        busy, self._busy = self._busy, {}
-        for connection in (*self._idle, *busy):
+        for connection in (*self._idle, *self._busy):
             connection.transport.abort()
 
     def _send_queued(self) -> None:
@@ -309,12 +310,20 @@ class _OpenLoop:
 
     def _lost(self, connection: HttpConnection) -> None:
         """A connection that the server closed is replaced; what was under way on it has failed."""
+        if self._closed:
+            return
         if self._busy.pop(connection, None) is not None:
             self.load.failures["connection lost"] += 1
         elif connection in self._idle:
             self._idle.remove(connection)
-        else:
-            return
-        task = asyncio.get_running_loop().create_task(self.connect())
+        task = asyncio.get_running_loop().create_task(self._reconnect())
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
+
+    async def _reconnect(self) -> None:
+        while not self._closed:
+            try:
+                return await self.connect()
+            except OSError:
+                await asyncio.sleep(0.02)
+        return None

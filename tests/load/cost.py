@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from tests.load.client import open_loop
@@ -13,7 +13,7 @@ __all__ = ["compare_costs"]
 
 
 async def compare_costs(
-    requests: list[tuple[Server, Callable[[int], bytes]]], *, rate: float, seconds: float, rounds: int
+    requests: Sequence[tuple[Server, Callable[[int], bytes]]], *, rate: float, seconds: float, rounds: int
 ) -> tuple[list[float], int]:
     """The CPU microseconds of a turn on each server (median of the rounds, which alternate), and failed turns."""
     costs: list[list[float]] = [[] for _ in requests]

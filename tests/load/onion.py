@@ -27,10 +27,10 @@ async def measure(short: bool) -> list[Figure]:
         return message_request(f"c{n % CONVERSATIONS}", f"m{next(numbers)}", "a refund, please")
 
     async with AsyncExitStack() as stack:
-        servers = [
+        loads = [
             (await stack.enter_async_context(running_host(f"onion-{depth}", onion(depth))), request) for depth in DEPTHS
         ]
-        costs, failed = await compare_costs(servers, rate=RATE, seconds=seconds, rounds=rounds)
+        costs, failed = await compare_costs(loads, rate=RATE, seconds=seconds, rounds=rounds)
     figures = [
         Figure(f"a turn through {depth} middleware", cost, "µs of CPU")
         for depth, cost in zip(DEPTHS, costs, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ECHO", "FAQ", "PASS_THROUGH", "dirty", "marked", "onion"]
+__all__ = ["CENSUS", "ECHO", "FAQ", "PASS_THROUGH", "dirty", "marked", "onion"]
 
 PASS_THROUGH = '''\
 """Looks at nothing and lets every turn pass."""
@@ -62,6 +62,7 @@ VERSION = "v{version}"
 @hookimpl
 async def middleware(turn, call_next):
     before = VERSION
+    await asyncio.sleep(0.001)  # time for a swap between this layer and the bot
     reply = await call_next()
     reply.metadata["marks"] = [*reply.metadata["marks"], before, VERSION]
     return reply
@@ -77,7 +78,6 @@ async def count_slowly():
 async def respond(turn):
     if turn.text == "slowly":
         return Reply(chunks=count_slowly(), metadata={{"marks": [VERSION]}})
-    await asyncio.sleep(0.001)
     return Reply(f"[{{VERSION}}] {{turn.text}}", metadata={{"marks": [VERSION]}})
 '''
 
@@ -127,6 +127,35 @@ async def setup(ctx):
 async def respond(turn):
     SERVED.inc()
     return f"[{{VERSION}}]"
+'''
+
+
+CENSUS = '''\
+"""Counts, from inside the process and without the host's help, what guests may have left behind."""
+
+import asyncio
+import json
+import logging
+import pkgutil
+import sys
+
+from hotdesk_sdk import hookimpl
+from prometheus_client import REGISTRY
+
+
+@hookimpl
+async def respond(turn):
+    if turn.text != "census":
+        return None
+    return json.dumps(
+        {
+            "tasks": len(asyncio.all_tasks()),
+            "log handlers": len(logging.getLogger().handlers),
+            "global metrics": sum(1 for _ in REGISTRY.collect()),
+            "singledispatch entries": len(pkgutil.iter_importer_modules.registry),
+            "modules": len(sys.modules),
+        }
+    )
 '''
 
 

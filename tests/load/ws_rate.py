@@ -6,6 +6,7 @@ frames and two commits against the echo's two frames.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 from statistics import median
 
@@ -40,7 +41,7 @@ async def measure(short: bool) -> list[Figure]:
             ):
                 load = await socket_loop(
                     server.port,
-                    lambda connection, target=target, number=number: target.format(number, connection),
+                    partial(target.format, number),
                     message,
                     accept,
                     connections=CONNECTIONS,

@@ -36,9 +36,7 @@ class ClientFailed(click.ClickException):
         self.code = code
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(
-            f"{click.style('Error:', fg='red', bold=True)} {self.message}", file=file, err=file is None
-        )
+        click.echo(f"{click.style('Error:', fg='red', bold=True)} {self.message}", file=file, err=file is None)
         if self.hint:
             click.echo(click.style(f"  {self.hint}", dim=True), file=file, err=file is None)
 
@@ -133,9 +131,7 @@ class AdminClient:
                 f"{self.url}/admin/events", timeout=aiohttp.ClientTimeout(total=None, sock_connect=5)
             ) as response:
                 if response.status != 200:
-                    raise refusal(
-                        self.url, response.status, await response.read(), token_given=bool(self._token)
-                    )
+                    raise refusal(self.url, response.status, await response.read(), token_given=bool(self._token))
                 async for line in response.content:
                     if line.startswith(b"data:"):
                         yield msgspec.json.decode(line[5:], type=dict[str, Any])
@@ -192,9 +188,7 @@ def no_host(url: str, cause: BaseException) -> ClientFailed:
         problem = f"no host answers at {url} ({cause.strerror or cause.os_error})"
     else:
         problem = f"the connection to {url} broke: {cause or type(cause).__name__}"
-    return ClientFailed(
-        problem, "Start one with `hotdesk run`, or name it with --url or HOTDESK_URL.", exit_code=3
-    )
+    return ClientFailed(problem, "Start one with `hotdesk run`, or name it with --url or HOTDESK_URL.", exit_code=3)
 
 
 def refusal(url: str, status: int, body: bytes, *, token_given: bool) -> ClientFailed:

@@ -43,7 +43,7 @@ def event_line(event: Mapping[str, Any]) -> str:
     say = _LINES.get(kind)
     if say is not None:
         return say(event)
-    fields = " ".join(f"{key}={one_line(value)}" for key, value in event.items() if key != "kind")
+    fields = " ".join(f"{key}={one_line(value)}" for key, value in event.items() if key not in ("kind", "at"))
     return f"{one_line(kind)} {fields}".rstrip()
 
 
@@ -60,16 +60,19 @@ def _who(event: Mapping[str, Any]) -> str:
 
 def _why(event: Mapping[str, Any]) -> str:
     """The reason an event gives, with the step, the file and the line; empty when it gives none."""
-    error = event.get("error")
-    if not isinstance(error, Mapping):
-        reason = error or event.get("reason")
-        return f": {one_line(reason)}" if reason else ""
+    nested = event.get("error")
+    error: Mapping[str, Any] = nested if isinstance(nested, Mapping) else event
+    plain = nested if isinstance(nested, str) else event.get("reason")
+    message = one_line(error.get("message") or plain or "")
+    if not message:
+        return ""
+    # The host's own errors begin with the plugin's name, which the line has said already.
+    message = message.removeprefix(f"plugin '{event.get('plugin')}': ")
     step = f" at {one_line(error['step'])}" if error.get("step") else ""
     place = ""
-    if error.get("file"):
-        line = f":{error['line']}" if error.get("line") else ""
-        place = f" ({one_line(error['file'])}{line})"
-    return f"{step}: {one_line(error.get('message', 'no reason given'))}{place}"
+    if (file := error.get("file")) and str(file) not in message:
+        place = f" ({one_line(file)}:{error['line']})" if error.get("line") else f" ({one_line(file)})"
+    return f"{step}: {message}{place}"
 
 
 def _live(event: Mapping[str, Any]) -> str:
@@ -87,12 +90,27 @@ def _failed(event: Mapping[str, Any]) -> str:
 
 def _rolled_back(event: Mapping[str, Any]) -> str:
     old, new = event.get("from"), event.get("to")
-    step = (
-        f"{one_line(event.get('plugin', '?'))} {old} → {new}"
-        if old is not None and new is not None
-        else _who(event)
-    )
+    step = f"{one_line(event.get('plugin', '?'))} {old} → {new}" if old is not None and new is not None else _who(event)
     return f"{step} rolled back{_why(event)}"
+
+
+def _first_answer(event: Mapping[str, Any]) -> str:
+    receipt = event.get("receipt") or {}
+    who, first = f"{one_line(receipt.get('plugin', '?'))} {receipt.get('to')}", receipt.get("first_answer_ms")
+    return f"{who} gave its first answer" if first is None else f"{who} first answer {_ms(first)} ms after the change"
+
+
+def _pending(event: Mapping[str, Any]) -> str:
+    name = one_line(event.get("plugin") or "?")
+    return f"{name} has changed; it waits for `hotdesk plugins reload {name}`"
+
+
+def _waiting(event: Mapping[str, Any]) -> str:
+    return f"{_who(event)} waits for {one_line(event.get('waiting_for', '?'))}, which it requires"
+
+
+def _settings_failed(event: Mapping[str, Any]) -> str:
+    return f"settings not taken{_why({**event, 'plugin': None})}; the ones from before stay"
 
 
 def _unloaded(event: Mapping[str, Any]) -> str:
@@ -114,9 +132,7 @@ def _leftover(event: Mapping[str, Any]) -> str:
 
 
 def _stalled(event: Mapping[str, Any]) -> str:
-    held = next(
-        (event[key] for key in ("ms", "stalled_ms", "blocked_ms") if event.get(key) is not None), None
-    )
+    held = next((event[key] for key in ("ms", "stalled_ms", "blocked_ms") if event.get(key) is not None), None)
     time = f" for {_ms(held)} ms" if held is not None else ""
     return f"{_who(event) if event.get('plugin') else 'something'} held the event loop{time}{_why(event)}"
 
@@ -132,6 +148,9 @@ def _breaker_closed(event: Mapping[str, Any]) -> str:
 _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "plugin_loaded": _live,
     "plugin_swapped": _live,
+    "plugin_receipt": _first_answer,
+    "plugin_pending": _pending,
+    "plugin_waiting": _waiting,
     "plugin_failed": _failed,
     "plugin_rolled_back": _rolled_back,
     "plugin_unloaded": _unloaded,
@@ -141,4 +160,5 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "loop_stalled": _stalled,
     "breaker_opened": _breaker_opened,
     "breaker_closed": _breaker_closed,
+    "settings_failed": _settings_failed,
 }

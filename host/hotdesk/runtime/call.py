@@ -63,7 +63,7 @@ class Calls:
         self._log = log
         self._clocks: set[Clock] = set()
         self._ticking: asyncio.TimerHandle | None = None
-        self.on_failure: Callable[[Generation, CallFailed], bool] = lambda generation, exc: False
+        self.on_failure: Callable[[Generation, CallFailed], Any] = lambda generation, exc: None
         self.on_probation_over: Callable[[Generation], None] = lambda generation: None
 
     def start(self, clock: Clock) -> None:
@@ -91,8 +91,8 @@ class Calls:
         if clock.task is not None:
             clock.task.cancel()
 
-    async def call(self, slot: Slot, hook: BoundHook, clock: Clock, *args: Any) -> Any:
-        """Await *hook* with *args* within the slot's `timeout_ms` of its own time.
+    async def call(self, slot: Slot, hook: BoundHook, clock: Clock, function: Callable[..., Any], *args: Any) -> Any:
+        """Await *function* with *args*, on the account of *hook*, within the slot's `timeout_ms` of its own time.
 
         Raises `CallFailed` (its subclass `CallTimeout` when late) whatever went wrong, and `TurnAborted`
         and cancellation as they are. Time spent in calls further in, on the same clock, does not count.
@@ -107,14 +107,14 @@ class Calls:
                 "was not called: its breaker is open",
             )
         me = object()
-        outer_deadline, outer_call = clock.deadline, clock.call
+        outer_deadline, outer_call, outer_task = clock.deadline, clock.call, clock.task
         generation = slot.generation
-        clock.call = me
+        clock.call, clock.task = me, asyncio.current_task()
         clock.deadline = start + slot.timeout_s
         token = CURRENT.set(generation)
         try:
-            result = await hook.call(*args)
-        except TurnAborted:
+            result = await function(*args)
+        except (TurnAborted, CallFailed):
             raise
         except asyncio.CancelledError:
             if clock.expired is not me:
@@ -131,7 +131,7 @@ class Calls:
         finally:
             CURRENT.reset(token)
             now = monotonic()
-            clock.call = outer_call
+            clock.call, clock.task = outer_call, outer_task
             hook.stats.observe(slot.timeout_s - (clock.deadline - now))  # what further calls took was added back
             clock.deadline = outer_deadline + (now - start)
         if clock.expired is me:
@@ -188,5 +188,5 @@ class Calls:
             problem=failure.problem,
         )
         if generation.probation_left:
-            self.on_failure(generation, failure)
+            failure.rerun = self.on_failure(generation, failure)
         return failure

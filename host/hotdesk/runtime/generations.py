@@ -160,7 +160,7 @@ class Maker:
         clock = Clock(asyncio.current_task())
         self._calls.start(clock)
         try:
-            return await self._calls.call(slot, hook, clock, *args)
+            return await self._calls.call(slot, hook, clock, hook.call, *args)
         except CallFailed as exc:
             file, line = _where(exc, generation)
             raise LoadFailed(generation.plugin, name, exc.problem.partition(" (")[0], file=file, line=line) from None

@@ -1,0 +1,194 @@
+"""Who hears of what: readers of a conversation get every entry once, in order, and chunks as they come.
+
+A reader that misses something (it just came, or it is slow) reads the journal until it has caught up, so nothing
+has to be buffered for it, and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from hotdesk_sdk import Message
+
+from ..backend import Backend, Entry, StoredReply
+from ..errors import BackendUnavailable
+from ..runtime.guards import host_task
+
+__all__ = ["Event", "Outbox", "Reader", "Sink"]
+
+PAGE = 200
+"""Entries read from the journal at a time while catching up."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Event:
+    """Something to tell: an entry, a chunk or an error. Encoded once, however many hear of it."""
+
+    __slots__ = ("_data", "data", "kind", "seq")
+
+    def __init__(self, kind: str, data: dict[str, Any], seq: int = 0) -> None:
+        self.kind = kind
+        self.data = data
+        self.seq = seq
+        self._data: bytes | None = None
+
+    @property
+    def frame(self) -> bytes:
+        """The JSON of it, `type` included: a WebSocket frame, and the data of a server-sent event."""
+        if self._data is None:
+            self._data = _encode(self.data)
+        return self._data
+
+    @classmethod
+    def of(cls, entry: Entry) -> Event:
+        return cls("message" if isinstance(entry, Message) else "reply", public(entry), entry.seq)
+
+    @classmethod
+    def chunk(cls, to: str, index: int, text: str) -> Event:
+        return cls("chunk", {"type": "chunk", "to": to, "index": index, "text": text})
+
+    @classmethod
+    def error(cls, to: str | None, code: str, message: str) -> Event:
+        data = {"type": "error", "code": code, "message": message}
+        return cls("error", data if to is None else data | {"to": to})
+
+
+def public(entry: Entry) -> dict[str, Any]:
+    """An entry as doors show it."""
+    if isinstance(entry, StoredReply):
+        return {
+            "type": "reply",
+            "id": entry.id,
+            "conversation": entry.conversation,
+            "seq": entry.seq,
+            "to": entry.to,
+            "text": entry.text,
+            "plugin": entry.plugin,
+            "generation": entry.generation,
+            "metadata": entry.metadata,
+            "at": entry.at,
+        }
+    return {
+        "type": "message",
+        "id": entry.id,
+        "conversation": entry.conversation,
+        "seq": entry.seq,
+        "text": entry.text,
+        "sender": entry.sender,
+        "attachments": entry.attachments,
+        "metadata": entry.metadata,
+        "at": entry.at,
+    }
+
+
+class Sink(Protocol):
+    """Where a reader's events go; a door's."""
+
+    def send(self, event: Event) -> None:
+        """Send without waiting."""
+
+    async def drain(self) -> None:
+        """Wait until the other side has taken most of it."""
+
+
+class Reader:
+    """One reader of one conversation, from `after` on; None means from now on."""
+
+    __slots__ = ("_backend", "_catching", "_dirty", "_last", "_messages", "_sink", "conversation")
+
+    def __init__(self, conversation: str, after: int | None, *, messages: bool, sink: Sink, backend: Backend) -> None:
+        self.conversation = conversation
+        self._last = after
+        self._messages = messages
+        self._sink = sink
+        self._backend = backend
+        self._catching: asyncio.Task[None] | None = None
+        self._dirty = False
+
+    def start(self) -> None:
+        """Read what was missed."""
+        if self._last is not None:
+            self._catch_up()
+
+    def close(self) -> None:
+        if self._catching is not None:
+            self._catching.cancel()
+
+    def hear(self, event: Event) -> None:
+        """Take an event in, in the order of commits."""
+        if self._catching is not None:
+            self._dirty = True
+            return
+        if not event.seq:
+            self._sink.send(event)
+        elif self._last is None or event.seq == self._last + 1:
+            self._pass_on(event)
+        elif event.seq > self._last:
+            self._catch_up()
+
+    def fall_behind(self) -> None:
+        """The sink could not keep what it was sent: read again from the last entry that it did."""
+        self._catch_up()
+
+    def rewind(self, seq: int) -> None:
+        self._last = seq
+
+    def _pass_on(self, event: Event) -> None:
+        self._last = event.seq
+        if self._messages or event.kind == "reply":
+            self._sink.send(event)
+
+    def _catch_up(self) -> None:
+        if self._catching is None:
+            self._catching = host_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._dirty = False
+                try:
+                    page = await self._backend.read(self.conversation, self._last or 0, PAGE)
+                except BackendUnavailable:
+                    await asyncio.sleep(0.5)
+                    continue
+                for entry in page or ():
+                    self._pass_on(Event.of(entry))
+                await self._sink.drain()
+                if not page and not self._dirty:
+                    return
+        finally:
+            self._catching = None
+
+
+class Outbox:
+    """The readers of all conversations of this host."""
+
+    def __init__(self) -> None:
+        self._readers: dict[str, list[Reader]] = {}
+
+    def join(self, reader: Reader) -> Callable[[], None]:
+        """Have *reader* hear of its conversation; returns how to leave."""
+        self._readers.setdefault(reader.conversation, []).append(reader)
+        reader.start()
+
+        def leave() -> None:
+            reader.close()
+            readers = self._readers.get(reader.conversation)
+            if readers is not None and reader in readers:
+                readers.remove(reader)
+                if not readers:
+                    del self._readers[reader.conversation]
+
+        return leave
+
+    def listened(self, conversation: str) -> bool:
+        return conversation in self._readers
+
+    def tell(self, conversation: str, event: Event) -> None:
+        for reader in tuple(self._readers.get(conversation, ())):
+            reader.hear(event)

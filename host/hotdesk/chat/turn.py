@@ -1,0 +1,199 @@
+"""One message being answered: what plugins see of it, and what the host keeps beside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hotdesk_sdk import Message
+
+from ..backend import Backend, ConversationRecord, Entry
+from ..errors import CallFailed, TurnAborted
+from ..runtime.active import Slot
+from ..runtime.call import Clock
+
+if TYPE_CHECKING:
+    from .outbox import Event
+
+__all__ = ["ConversationView", "Ended", "TurnRun"]
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ConversationView:
+    """See `hotdesk_sdk.Conversation`. Made when a plugin first looks; dropped when the turn is run again."""
+
+    __slots__ = ("_closed", "_record", "_state", "assignee", "id", "locale", "tags")
+
+    def __init__(self, record: ConversationRecord) -> None:
+        self._record = record
+        self._state: dict[str, Any] | None = None
+        self._closed = False
+        self.id = record.id
+        self.locale = record.locale
+        self.assignee = record.assignee
+        self.tags = list(record.tags)
+
+    @property
+    def channel(self) -> str:
+        return self._record.channel
+
+    @property
+    def state(self) -> dict[str, Any]:
+        if self._state is None:
+            self._state = msgspec.json.decode(self._record.state, type=dict[str, Any])
+        return self._state
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        self._state = value
+
+    def close(self) -> None:
+        self._closed = True
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def changed(self) -> ConversationRecord | None:
+        """The record as it is now, or None when nothing changed. Raises `TypeError` on state that JSON can't say."""
+        old = self._record
+        state = old.state if self._state is None else _encode(self._state)
+        tags = tuple(map(str, self.tags))
+        if (
+            not self._closed
+            and state == old.state
+            and tags == old.tags
+            and self.assignee == old.assignee
+            and self.locale == old.locale
+        ):
+            return None
+        return ConversationRecord(old.id, old.channel, self.locale, self.assignee, tags, state)
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """How a turn ended, for those who wait for it. `error` is a code of `DOOR_ERRORS` and a text."""
+
+    replies: tuple[Any, ...]
+    error: tuple[str, str] | None = None
+
+
+class _Handed:
+    """What `turn.stream()` gives: nothing to await unless one wants to go at the reader's pace."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+_HANDED = _Handed()
+
+
+class TurnRun:
+    """See `hotdesk_sdk.Turn` for the public part."""
+
+    __slots__ = (
+        "_backend",
+        "_conversation",
+        "abandoned",
+        "answered_by",
+        "attempt",
+        "clock",
+        "ended",
+        "final_metadata",
+        "message",
+        "pending",
+        "record",
+        "refused",
+        "replaced",
+        "rerun",
+        "shown",
+        "started",
+        "streaming",
+        "text",
+        "waiters",
+        "watchers",
+    )
+
+    def __init__(
+        self, message: Message, record: ConversationRecord, backend: Backend, attempt: int, started: float
+    ) -> None:
+        self.message = message
+        self.text = message.text
+        self.record = record
+        self.attempt = attempt
+        self.started = started
+        self.clock = Clock(None)
+        self.answered_by: Slot | None = None
+        self.rerun: Any = None
+        self.refused: CallFailed | None = None
+        self.abandoned = False
+        self.pending: list[str] = []
+        self.streaming = False
+        self.shown = 0
+        self.replaced: str | None = None
+        self.final_metadata: dict[str, Any] | None = None
+        self.ended: Ended | None = None
+        self.waiters: list[asyncio.Future[Ended]] | None = None
+        self.watchers: list[Callable[[Event], None]] | None = None
+        self._backend = backend
+        self._conversation: ConversationView | None = None
+
+    @property
+    def id(self) -> str:
+        return self.message.id
+
+    @property
+    def conversation(self) -> ConversationView:
+        if self._conversation is None:
+            self._conversation = ConversationView(self.record)
+        return self._conversation
+
+    @property
+    def touched(self) -> ConversationView | None:
+        """The conversation, if a plugin looked at it."""
+        return self._conversation
+
+    async def history(self, limit: int = 20) -> list[Entry]:
+        return await self._backend.history(self.message.conversation, self.message.seq, max(0, limit))
+
+    def stream(self, text: str) -> Awaitable[None]:
+        if not self.streaming:
+            raise RuntimeError("turn.stream() works inside respond, while it answers this turn")
+        if not isinstance(text, str):
+            raise TypeError(f"turn.stream() takes text, not {type(text).__name__}")
+        if text:
+            self.pending.append(text)
+        return _HANDED
+
+    def note_failure(self, slot: Slot, failure: CallFailed) -> None:
+        """Judge a failed call: raises `TurnAborted` when the turn can't go on without that plugin."""
+        if failure.rerun is not None:
+            self.rerun = failure.rerun
+            raise TurnAborted
+        if slot.on_failure == "refuse":
+            self.refused = failure
+            raise TurnAborted
+
+    def begin_again(self) -> None:
+        """Forget what an aborted run did."""
+        self.attempt += 1
+        self.text = self.message.text
+        self.answered_by = self.rerun = self.refused = self.replaced = self.final_metadata = None
+        self.pending = []
+        self._conversation = None
+
+    def wait_ended(self) -> asyncio.Future[Ended]:
+        """Resolves when the turn's end is on disk."""
+        future: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        if self.ended is not None:
+            future.set_result(self.ended)
+        elif self.waiters is None:
+            self.waiters = [future]
+        else:
+            self.waiters.append(future)
+        return future

@@ -1,0 +1,321 @@
+"""Turns: each conversation's messages one at a time, many conversations side by side.
+
+A turn takes the current snapshot, runs its onion, and ends in one commit with its reply; then whoever listens hears
+of it. A turn whose end is not on disk is run again at the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from hotdesk_sdk import Message, Reply
+
+from ..backend import Backend, ConversationRecord, StoredReply, TurnEnd
+from ..errors import BackendUnavailable, CallFailed, TurnAborted
+from ..logs import Logger
+from ..metrics import Metrics
+from ..runtime.active import Active, Snapshot
+from ..runtime.call import Calls
+from ..runtime.guards import host_task
+from .background import Background
+from .outbox import Event, Outbox
+from .turn import Ended, TurnRun
+
+__all__ = ["Turns", "new_id"]
+
+MAX_RERUNS = 3
+"""How often a turn is run again because what it ran on was rolled back."""
+
+RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
+"""The waits between tries to put a turn's end on disk; the last is repeated."""
+
+
+def new_id(prefix: str) -> str:
+    """An id that sorts by time and is unique without asking anybody: milliseconds, then 62 random bits."""
+    return f"{prefix}{time.time_ns() // 1_000_000:011x}{random.getrandbits(62):016x}"
+
+
+class _Lane:
+    __slots__ = ("record", "waiting")
+
+    def __init__(self, record: ConversationRecord) -> None:
+        self.record = record
+        self.waiting: deque[TurnRun] = deque()
+
+
+class Turns:
+    """The turns of this host."""
+
+    def __init__(
+        self,
+        *,
+        active: Active,
+        calls: Calls,
+        backend: Backend,
+        outbox: Outbox,
+        background: Background,
+        metrics: Metrics,
+        log: Logger,
+        log_text: bool,
+    ) -> None:
+        self._active = active
+        self._calls = calls
+        self._backend = backend
+        self._outbox = outbox
+        self._background = background
+        self._metrics = metrics
+        self._log = log
+        self._log_text = log_text
+        self._lanes: dict[str, _Lane] = {}
+        self._live: dict[tuple[str, str], TurnRun] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stopping = False
+        self._outcomes = {
+            name: metrics.turns.labels(name) for name in ("replied", "silent", "refused", "cut", "failed")
+        }
+
+    @property
+    def live(self) -> int:
+        """Turns that were accepted and have not ended."""
+        return len(self._live)
+
+    def find(self, conversation: str, message_id: str) -> TurnRun | None:
+        """A turn that has not ended."""
+        return self._live.get((conversation, message_id))
+
+    def begin(self, message: Message, record: ConversationRecord, *, attempt: int = 1) -> TurnRun:
+        """Run *message*'s turn once those before it in its conversation have ended."""
+        turn = TurnRun(message, record, self._backend, attempt, time.monotonic())
+        self._live[(message.conversation, message.id)] = turn
+        self._idle.clear()
+        lane = self._lanes.get(message.conversation)
+        if lane is None:
+            self._lanes[message.conversation] = _Lane(record)
+            self._start(turn)
+        else:
+            lane.waiting.append(turn)
+        return turn
+
+    def _start(self, turn: TurnRun) -> None:
+        task = host_task(self._run(turn))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, turn: TurnRun) -> None:
+        clock = turn.clock
+        clock.task = asyncio.current_task()
+        clock.abandon = lambda: self._abandon(turn)
+        self._calls.start(clock)
+        try:
+            text, metadata, error = await self._answer(turn)
+        except asyncio.CancelledError:
+            if not turn.abandoned:
+                raise  # the host stops: the turn stays open in the journal
+            return
+        except Exception as exc:  # the turn loop: a fault of ours ends one turn, not the conversation
+            self._log.error("turn_failed", conversation=turn.message.conversation, message=turn.id, exc_info=exc)
+            text, metadata, error = None, {}, ("internal_error", "this turn failed inside hotdesk")
+        finally:
+            self._calls.stop(clock)
+        if not turn.abandoned:
+            await self._end(turn, text, metadata, error)
+
+    async def _answer(self, turn: TurnRun) -> tuple[str | None, dict[str, Any], tuple[str, str] | None]:
+        """Run the onion, again if it was rolled back meanwhile: the reply's text, its metadata, the error."""
+        reruns = 0
+        while True:
+            snapshot = self._active.acquire()
+            try:
+                outcome = await self._run_onion(turn, snapshot)
+            finally:
+                self._active.release(snapshot)
+            if turn.rerun is None or turn.shown or reruns == MAX_RERUNS:
+                return outcome
+            if turn.rerun is not True and not await turn.rerun:
+                return outcome
+            reruns += 1
+            self._metrics.reruns.inc()
+            turn.begin_again()
+
+    async def _run_onion(
+        self, turn: TurnRun, snapshot: Snapshot
+    ) -> tuple[str | None, dict[str, Any], tuple[str, str] | None]:
+        try:
+            reply: Reply | None = await snapshot.run(turn)
+        except TurnAborted:
+            reply = None
+        if turn.rerun is not None:
+            return None, {}, None
+        if turn.refused is not None:
+            return None, {}, ("turn_refused", str(turn.refused))
+        if reply is None:
+            return None, {}, None
+        if reply.chunks is not None:
+            return await self._stream(turn, reply)
+        return reply.text, reply.metadata, None
+
+    async def _stream(self, turn: TurnRun, reply: Reply) -> tuple[str | None, dict[str, Any], tuple[str, str] | None]:
+        parts: list[str] = []
+        error = None
+        assert reply.chunks is not None
+        try:
+            async for chunk in reply.chunks:
+                self._tell(turn, Event.chunk(turn.id, turn.shown, chunk))
+                turn.shown += 1
+                parts.append(chunk)
+        except (CallFailed, TurnAborted) as exc:
+            error = ("stream_cut", str(exc) or "the stream was aborted")
+        metadata = turn.final_metadata or reply.metadata
+        if error is not None:
+            metadata = {**metadata, "cut": True}
+        text = "".join(parts) if turn.replaced is None else turn.replaced
+        return (text if parts else None), metadata, error
+
+    def _tell(self, turn: TurnRun, event: Event) -> None:
+        if turn.watchers is not None:
+            for watcher in tuple(turn.watchers):
+                watcher(event)
+        self._outbox.tell(turn.message.conversation, event)
+
+    async def _end(
+        self, turn: TurnRun, text: str | None, metadata: dict[str, Any], error: tuple[str, str] | None
+    ) -> None:
+        message = turn.message
+        lane = self._lanes[message.conversation]
+        end = self._turn_end(turn, text, metadata)
+        if isinstance(end, tuple):
+            end, error = end
+        waits = iter(RETRY_S)
+        while True:
+            try:
+                stored = await self._backend.finish(end)
+                break
+            except BackendUnavailable as exc:
+                self._log.error(
+                    "turn_end_not_kept", conversation=message.conversation, message=turn.id, problem=str(exc)
+                )
+                if self._stopping:
+                    return
+                await asyncio.sleep(next(waits, RETRY_S[-1]))
+        if end.changed is not None:
+            lane.record = (
+                end.changed
+                if not end.closed
+                else ConversationRecord(end.changed.id, end.changed.channel, end.changed.locale)
+            )
+        self._told(turn, stored or (), end, error)
+        self._next(message, lane)
+
+    def _turn_end(
+        self, turn: TurnRun, text: str | None, metadata: dict[str, Any]
+    ) -> TurnEnd | tuple[TurnEnd, tuple[str, str]]:
+        message, by = turn.message, turn.answered_by
+        replies: tuple[StoredReply, ...] = ()
+        if text is not None and by is not None:
+            generation = by.generation
+            replies = (
+                StoredReply(
+                    new_id("r"), message.conversation, 0, message.id, text, generation.plugin, generation.number, metadata,
+                    time.time(),
+                ),
+            )  # fmt: skip
+        deliver = bool(replies) and self._background.delivers(turn.record.channel)
+        view = turn.touched
+        try:
+            changed = None if view is None else view.changed()
+            if metadata:
+                msgspec.json.encode(metadata)
+        except (TypeError, ValueError, RecursionError) as exc:
+            self._log.error("turn_not_json", conversation=message.conversation, message=turn.id, problem=str(exc))
+            refused = ("turn_refused", f"a plugin left something that is not JSON: {exc}")
+            return TurnEnd(message.conversation, message.seq), refused
+        if changed is None:
+            return TurnEnd(message.conversation, message.seq, replies, deliver=deliver)
+        assert view is not None
+        return TurnEnd(message.conversation, message.seq, replies, changed, view.closed, deliver)
+
+    def _told(
+        self, turn: TurnRun, stored: tuple[StoredReply, ...], end: TurnEnd, error: tuple[str, str] | None
+    ) -> None:
+        """Everyone who listens hears of the end, which is on disk now."""
+        self._metrics.turn_stats.observe(time.monotonic() - turn.started)
+        outcome = (
+            "silent" if error is None else {"turn_refused": "refused", "stream_cut": "cut"}.get(error[0], "failed")
+        )
+        self._outcomes["replied" if stored and error is None else outcome].inc()
+        for reply in stored:
+            self._tell(turn, Event.of(reply))
+            self._background.observe("on_reply", reply)
+            if end.deliver:
+                self._background.deliver(reply, turn.record)
+        if error is not None:
+            self._tell(turn, Event.error(turn.id, *error))
+        if end.changed is not None:
+            if end.closed:
+                self._background.observe_conversation("on_conversation_closed", end.changed)
+            if end.changed.assignee != turn.record.assignee:
+                self._background.observe_conversation("on_assigned", end.changed)
+        if (by := turn.answered_by) is not None and stored and by.generation.first_answer is not None:
+            by.generation.first_answer()
+        self._log.debug(
+            "turn_ended",
+            conversation=turn.message.conversation,
+            message=turn.id,
+            plugin=by.generation.plugin if by else None,
+            generation=by.generation.number if by else None,
+            outcome="replied" if stored else outcome,
+            **({"text": turn.message.text} if self._log_text else {}),
+        )
+        turn.ended = Ended(stored, error)
+        for waiter in turn.waiters or ():
+            if not waiter.done():
+                waiter.set_result(turn.ended)
+        if turn.watchers is not None:
+            turn.watchers.clear()
+
+    def _next(self, message: Message, lane: _Lane) -> None:
+        del self._live[(message.conversation, message.id)]
+        if not self._live:
+            self._idle.set()
+        if not lane.waiting:
+            del self._lanes[message.conversation]
+        elif not self._stopping:
+            turn = lane.waiting.popleft()
+            turn.record = lane.record
+            self._start(turn)
+
+    def _abandon(self, turn: TurnRun) -> None:
+        """A call ignores its cancellation: the conversation goes on without it."""
+        turn.abandoned = True
+        self._log.error("turn_abandoned", conversation=turn.message.conversation, message=turn.id)
+        error = ("turn_refused", "a plugin did not stop when its time was over; the conversation went on without it")
+        turn.answered_by = None
+        task = host_task(self._end(turn, None, {}, error))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def aclose(self, timeout_s: float) -> int:
+        """Let what runs finish within *timeout_s*; what did not stays in the journal. Returns how many that are."""
+        self._stopping = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while running := [task for task in self._tasks if not task.done()]:
+                    await asyncio.wait(running)
+        except TimeoutError:
+            pass
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        left = len(self._live)
+        for turn in self._live.values():
+            for waiter in turn.waiters or ():
+                waiter.cancel()
+        return left

@@ -1,0 +1,331 @@
+"""`hotdesk plugins`: what serves on a running host, and the commands that change it.
+
+Tables and colour for people, aligned plain text when piped, the host's own JSON with `--json`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .admin_client import DEFAULT_URL, Action, AdminClient, Plugin
+from .receipts import one_line, receipt_line
+
+__all__ = ["plugins"]
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_STATE_STYLE = {"ACTIVE": "green", "LOADING": "cyan", "PENDING": "cyan", "DRAINING": "yellow", "FAILED": "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Which host to talk to, as whom, and how to print its answers."""
+
+    url: str
+    token: str | None
+    as_json: bool
+
+
+class _PluginsGroup(click.Group):
+    """Says what was probably meant when a plugin's name stands where a command should."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            raise click.UsageError(
+                f"no such command '{args[0]}'; there are {', '.join(self.list_commands(ctx))} "
+                f"(about one plugin: `hotdesk plugins show {args[0]}`)",
+                ctx=ctx,
+            ) from exc
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def _target_options(command: F) -> F:
+    """The options of the group again, so that they may stand behind the command too."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="The host's answer as JSON."),
+        click.option("--token", metavar="TOKEN", help="The admin token."),
+        click.option("--url", metavar="URL", help="The host's address."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_PluginsGroup, invoke_without_command=True)
+@click.option(
+    "--url",
+    metavar="URL",
+    envvar="HOTDESK_URL",
+    show_envvar=True,
+    default=DEFAULT_URL,
+    show_default=True,
+    help="The host's address.",
+)
+@click.option(
+    "--token",
+    metavar="TOKEN",
+    envvar="HOTDESK_ADMIN_TOKEN",
+    show_envvar=True,
+    help="The admin token that the host's first start showed.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The host's answer as JSON.")
+@click.pass_context
+def plugins(ctx: click.Context, url: str, token: str | None, as_json: bool) -> None:
+    """See and change the plugins of a running host.
+
+    Without a command it lists them. What a command changes is changed for good: a disabled plugin stays
+    disabled over restarts, and a rollback holds until the file changes again.
+
+    \b
+    Examples:
+      hotdesk plugins                        all of them
+      hotdesk plugins show faq               one, with its config and kept generations
+      hotdesk plugins rollback faq           back to the version before
+      hotdesk plugins disable faq            out of the way; its file is left alone
+      hotdesk plugins list --json | jq -r '.plugins[] | select(.error) | .name'
+    """
+    ctx.obj = _Target(url, token, as_json)
+    if ctx.invoked_subcommand is None:
+        _list(ctx.obj)
+
+
+@plugins.command("list", short_help="All plugins: state, generation, order, hooks, trouble.")
+@_target_options
+@click.pass_obj
+def list_command(target: _Target, url: str | None, token: str | None, as_json: bool) -> None:
+    """All plugins, from the outermost in: state, generation, order, hooks and what is wrong."""
+    _list(_over(target, url, token, as_json))
+
+
+@plugins.command(short_help="One plugin with everything about it.")
+@click.argument("name")
+@_target_options
+@click.pass_obj
+def show(target: _Target, name: str, url: str | None, token: str | None, as_json: bool) -> None:
+    """One plugin: what it hooks, asks for and was granted, its config, its last swap and what can be rolled back to."""
+    target = _over(target, url, token, as_json)
+    plugin = _ask(target, lambda client: client.plugin(name))
+    if target.as_json:
+        _print_json(plugin.raw)
+    else:
+        _print_one(plugin)
+
+
+def _action(action: Action, help: str, short_help: str) -> None:
+    @plugins.command(action, help=help, short_help=short_help)
+    @click.argument("name")
+    @_target_options
+    @click.pass_obj
+    def command(target: _Target, name: str, url: str | None, token: str | None, as_json: bool) -> None:
+        target = _over(target, url, token, as_json)
+        plugin = _ask(target, lambda client: client.act(name, action))
+        if target.as_json:
+            _print_json(plugin.raw)
+        else:
+            _console().print(_outcome(action, plugin))
+
+
+_action(
+    "reload",
+    "Load a plugin's source anew, even if its bytes are the same. If that fails, what serves goes on serving.",
+    "Load it anew, beside the old one, and swap.",
+)
+_action("enable", "Load a disabled plugin. It stays enabled over restarts.", "Let a disabled one serve again.")
+_action(
+    "disable",
+    "Drain and unload a plugin. Its file is left alone, and it stays disabled over restarts.",
+    "Drain and unload it; its file stays.",
+)
+_action(
+    "rollback",
+    "Serve the version before this one, as a new generation. It holds until the plugin's file changes again.",
+    "Serve the version before this one.",
+)
+
+
+def _over(target: _Target, url: str | None, token: str | None, as_json: bool) -> _Target:
+    return _Target(url or target.url, token or target.token, as_json or target.as_json)
+
+
+def _ask(target: _Target, question: Callable[[AdminClient], Coroutine[Any, Any, T]]) -> T:
+    async def ask() -> T:
+        async with AdminClient(target.url, target.token) as client:
+            return await question(client)
+
+    return asyncio.run(ask())
+
+
+def _list(target: _Target) -> None:
+    found = _ask(target, AdminClient.plugins)
+    if target.as_json:
+        _print_json({"plugins": [plugin.raw for plugin in found]})
+    elif not found:
+        _console().print("No plugins. `hotdesk new NAME` writes one; saved is live.")
+    else:
+        _print_table(found)
+
+
+# -- how it looks ------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    """For stdout; wraps nothing when piped, so that one plugin stays one line."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not Console().is_terminal)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _print_table(found: list[Plugin]) -> None:
+    console = _console()
+    heads = ("PLUGIN", "STATE", "GEN", "ORDER", "CALLS", "FAILED", "HOOKS")
+    rows = [_row(plugin) for plugin in found]
+    if console.is_terminal:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for head in heads:
+            numeric = head in ("GEN", "ORDER", "CALLS", "FAILED")
+            table.add_column(head, justify="right" if numeric else "left", no_wrap=head != "HOOKS")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        plain = [heads, *(tuple(cell.plain for cell in row) for row in rows)]
+        widths = [max(len(row[i]) for row in plain) for i in range(len(heads))]
+        for line in plain:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for plugin in found:
+        for note in _notes(plugin):
+            console.print(note)
+
+
+def _row(plugin: Plugin) -> tuple[Text, ...]:
+    failures = Text(str(plugin.failures), style="yellow" if plugin.failures else "dim")
+    return (
+        Text(one_line(plugin.name), style="bold"),
+        _state(plugin),
+        Text("-" if plugin.generation is None else str(plugin.generation)),
+        Text(str(plugin.order)),
+        Text(str(plugin.calls)),
+        failures,
+        Text(" ".join(plugin.hooks) or "-", style="dim"),
+    )
+
+
+def _state(plugin: Plugin) -> Text:
+    if not plugin.enabled:
+        return Text("disabled", style="dim")
+    if plugin.breaker != "closed":
+        return Text(
+            f"{plugin.state} (breaker {plugin.breaker.replace('_', '-')})".replace(" ", "\u00a0"), style="bold red"
+        )
+    style = "yellow" if plugin.error and plugin.state == "ACTIVE" else _STATE_STYLE.get(plugin.state, "dim")
+    return Text(plugin.state, style=style)
+
+
+def _notes(plugin: Plugin) -> list[Text]:
+    """What an operator should know of a plugin without asking: why it does not serve as saved, and what it lacks."""
+    notes = []
+    if plugin.error:
+        serving = "" if plugin.generation is None else f"; generation {plugin.generation} goes on serving"
+        notes.append(_note(plugin, "red", f"{_failure(plugin)}{serving}"))
+    lacking = [one for one in plugin.capabilities.asked if one not in plugin.capabilities.granted]
+    if lacking and plugin.enabled:
+        granted = ", ".join(f'"{one}"' for one in plugin.capabilities.asked)
+        where = f"in hotdesk.toml: [plugins.{plugin.name}] grant = [{granted}]"
+        notes.append(_note(plugin, "yellow", f"asks for {', '.join(lacking)}, not granted; {where}"))
+    if plugin.breaker == "open":
+        notes.append(_note(plugin, "red", "breaker open: left out of turns until a trial call succeeds"))
+    notes += [_note(plugin, "yellow", f"left behind: {one}") for one in plugin.leftovers]
+    return notes
+
+
+def _note(plugin: Plugin, style: str, text: str) -> Text:
+    return Text.assemble((f"{one_line(plugin.name)}: ", f"bold {style}"), (one_line(text), style))
+
+
+def _failure(plugin: Plugin) -> str:
+    error = plugin.error
+    if error is None:
+        return ""
+    message = one_line(error.message).removeprefix(f"plugin '{plugin.name}': ")
+    place = ""
+    if error.file and error.file not in message:
+        place = f" ({error.file}:{error.line})" if error.line else f" ({error.file})"
+    return (f"failed at {error.step}: " if error.step else "") + message + place
+
+
+def _outcome(action: Action, plugin: Plugin) -> Text:
+    """One line on what a command did."""
+    name = one_line(plugin.name)
+    if action == "disable":
+        return Text(f"{name} is disabled; `hotdesk plugins enable {name}` lets it serve again")
+    if plugin.receipt and plugin.generation is not None:
+        return Text.assemble(("✓ ", "green"), receipt_line(plugin.receipt))
+    serves = "is enabled but does not serve" if plugin.generation is None else f"serves, generation {plugin.generation}"
+    why = f": {_failure(plugin)}" if plugin.error else f" ({plugin.state})"
+    return Text(f"{name} {serves}{why}")
+
+
+def _print_one(plugin: Plugin) -> None:
+    console = _console()
+    generation = "" if plugin.generation is None else f"  generation {plugin.generation}"
+    console.print(Text.assemble((one_line(plugin.name), "bold"), f" {plugin.version}  ", _state(plugin), generation))
+    for note in _notes(plugin):
+        console.print(note)
+    facts = [
+        ("source", plugin.source or "-"),
+        ("order", f"{plugin.order} ({plugin.order_from})"),
+        ("hooks", " ".join(plugin.hooks) or "-"),
+        ("requires", " ".join(plugin.requires) or "-"),
+        ("asks for", " ".join(plugin.capabilities.asked) or "-"),
+        ("granted", " ".join(plugin.capabilities.granted) or "-"),
+        ("calls", f"{plugin.calls}, {plugin.failures} failed; breaker {plugin.breaker.replace('_', '-')}"),
+    ]
+    if plugin.receipt:
+        facts.append(("last swap", receipt_line(plugin.receipt)))
+    facts += [("kept" if i == 0 else "", line) for i, line in enumerate(_kept(plugin))]
+    facts += [
+        ("config" if i == 0 else "", f"{one_line(key)} = {one_line(msgspec.json.encode(value).decode())}")
+        for i, (key, value) in enumerate(plugin.config.items())
+    ]
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for fact, value in facts:
+        if console.is_terminal:
+            table.add_row(fact, Text(one_line(value)))
+        else:
+            print(f"{fact:<10}{one_line(value)}")
+    if console.is_terminal:
+        console.print(table)
+
+
+def _kept(plugin: Plugin) -> list[str]:
+    lines = []
+    for kept in reversed(plugin.kept):
+        serving = "  serving" if kept.generation == plugin.generation else ""
+        lines.append(f"generation {kept.generation}  {kept.version}  {kept.hash[:12]}  {_when(kept.at)}{serving}")
+    return lines
+
+
+def _when(at: float | str | None) -> str:
+    if isinstance(at, int | float):
+        return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")
+    return at or "-"
