@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import msgspec
-from tests.load.client import HttpClient, request_bytes
+from tests.load.client import Answer, HttpClient, request_bytes
 from tests.load.history import Accepted, History, Recorded, Replied
 from tests.load.hosts import ADMIN_TOKEN, Server
 
@@ -103,6 +103,12 @@ def shown(reply: Entry, now: float) -> Replied:
     )
 
 
+def _expect(answer: Answer, target: str) -> bytes:
+    if answer.status != 200:
+        raise RuntimeError(f"{target}: {answer.status} {answer.body[:300]!r}")
+    return answer.body
+
+
 class Desk:
     """A host's slower doors: record, admin, metrics."""
 
@@ -113,26 +119,23 @@ class Desk:
         self._client.close()
 
     async def get(self, target: str) -> bytes:
-        answer = await self._client.request("GET", target)
-        if answer.status != 200:
-            raise RuntimeError(f"GET {target}: {answer.status} {answer.body[:300]!r}")
-        return answer.body
+        return _expect(await self._client.request("GET", target), target)
 
     async def say(self, conversation: str, id: str, text: str) -> Taken:
         """One message, and the answer with its replies."""
         target = message_target(conversation, wait=True)
-        answer = await self._client.request("POST", target, message_body(id, text))
-        if answer.status != 200:
-            raise RuntimeError(f"POST {target}: {answer.status} {answer.body[:300]!r}")
-        return read_taken(answer.body)
+        return read_taken(_expect(await self._client.request("POST", target, message_body(id, text)), target))
 
     async def read_record(self, conversation: str, now: float) -> list[Recorded]:
-        """The whole record of a conversation, as events of the history."""
+        """The whole record of a conversation, as events of the history; none where nothing was ever accepted."""
         events: list[Recorded] = []
         after: int | None = 0
         while after is not None:
             target = f"/v1/conversations/{conversation}/messages?after={after}&limit=500"
-            page = _read_page(await self.get(target))
+            answer = await self._client.request("GET", target)
+            if answer.status == 404:
+                break
+            page = _read_page(_expect(answer, target))
             after = page.next
             events += (
                 Recorded(

@@ -238,7 +238,7 @@ class Dispatch:
         raise self._calls.refuse(
             slot,
             hook,
-            f"returned a {type(given).__name__}; it may return text, a Reply, an async iterator of text, or None",
+            f"returned a {type(given).__name__}; it may return text, a Reply, chunks of text, or None",
         )
 
 

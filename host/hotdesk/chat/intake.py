@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -81,6 +82,23 @@ class Intake:
 
     def accept(self, new: NewMessage, *, door: str, channel: str = "") -> asyncio.Future[Accepted]:
         """Keep *new* and begin its turn. Raises `DoorError` at once when it can't be taken; so may the future."""
+        accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+
+        def told(outcome: Accepted | BaseException) -> None:
+            if accepted.done():
+                return
+            if isinstance(outcome, Accepted):
+                accepted.set_result(outcome)
+            else:
+                accepted.set_exception(outcome)
+
+        self.accept_nowait(new, told, door=door, channel=channel)
+        return accepted
+
+    def accept_nowait(
+        self, new: NewMessage, told: Callable[[Accepted | BaseException], None], *, door: str, channel: str = ""
+    ) -> None:
+        """Like `accept`, with a callback: it is called before the turn's first step, so before any chunk."""
         if not self.ready:
             raise DoorError("stopping", "the host is not ready to take messages", retry_after_s=1)
         if self._turns.live + self._appending >= self._max_turns:
@@ -91,22 +109,18 @@ class Intake:
         counter = self._doors.get(door)
         if counter is None:
             counter = self._doors[door] = self._metrics.messages.labels(door)
-        accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         self._appending += 1
 
         def appended(future: asyncio.Future[Appended]) -> None:
             self._appending -= 1
-            exc = future.exception() if not future.cancelled() else asyncio.CancelledError()
-            if exc is None:
-                counter.inc()
-                outcome = self._begin(message, future.result())
-                if not accepted.done():
-                    accepted.set_result(outcome)
-            elif not accepted.done():
-                accepted.set_exception(_refusal(exc))
+            exc = future.exception() if not future.cancelled() else DoorError("stopping", "the host is stopping")
+            if exc is not None:
+                told(_refusal(exc))
+                return
+            counter.inc()
+            told(self._begin(message, future.result()))
 
         self._backend.append(message, channel=channel, locale=new.locale).add_done_callback(appended)
-        return accepted
 
     def _begin(self, message: Message, appended: Appended) -> Accepted:
         if appended.duplicate:

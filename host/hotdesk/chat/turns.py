@@ -41,6 +41,10 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{time.time_ns() // 1_000_000:011x}{random.getrandbits(62):016x}"
 
 
+_OUTCOME_OF = {"turn_refused": "refused", "stream_cut": "cut"}
+OUTCOMES = ("replied", "silent", "refused", "cut", "failed")
+
+
 class _Lane:
     __slots__ = ("record", "waiting")
 
@@ -68,7 +72,7 @@ class Turns:
         self._calls = calls
         self._backend = backend
         self._outbox = outbox
-        self._background = background
+        self.background = background
         self._metrics = metrics
         self._log = log
         self._log_text = log_text
@@ -168,6 +172,8 @@ class Turns:
         assert reply.chunks is not None
         try:
             async for chunk in reply.chunks:
+                if turn.abandoned:
+                    break
                 self._tell(turn, Event.chunk(turn.id, turn.shown, chunk))
                 turn.shown += 1
                 parts.append(chunk)
@@ -227,7 +233,7 @@ class Turns:
                     time.time(),
                 ),
             )  # fmt: skip
-        deliver = bool(replies) and self._background.delivers(turn.record.channel)
+        deliver = bool(replies) and self.background.delivers(turn.record.channel)
         view = turn.touched
         try:
             changed = None if view is None else view.changed()
@@ -253,16 +259,16 @@ class Turns:
         self._outcomes["replied" if stored and error is None else outcome].inc()
         for reply in stored:
             self._tell(turn, Event.of(reply))
-            self._background.observe("on_reply", reply)
+            self.background.observe("on_reply", reply)
             if end.deliver:
-                self._background.deliver(reply, turn.record)
+                self.background.deliver(reply, turn.record)
         if error is not None:
             self._tell(turn, Event.error(turn.id, *error))
         if end.changed is not None:
             if end.closed:
-                self._background.observe_conversation("on_conversation_closed", end.changed)
+                self.background.observe_conversation("on_conversation_closed", end.changed)
             if end.changed.assignee != turn.record.assignee:
-                self._background.observe_conversation("on_assigned", end.changed)
+                self.background.observe_conversation("on_assigned", end.changed)
         if (by := turn.answered_by) is not None and stored and by.generation.first_answer is not None:
             by.generation.first_answer()
         self._log.debug(
@@ -296,11 +302,20 @@ class Turns:
         """A call ignores its cancellation: the conversation goes on without it."""
         turn.abandoned = True
         self._log.error("turn_abandoned", conversation=turn.message.conversation, message=turn.id)
-        error = ("turn_refused", "a plugin did not stop when its time was over; the conversation went on without it")
+        error = ("turn_refused", "a plugin did not stop when its time was over")
         turn.answered_by = None
         task = host_task(self._end(turn, None, {}, error))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no turn is live; False when *timeout_s* went by first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def aclose(self, timeout_s: float) -> int:
         """Let what runs finish within *timeout_s*; what did not stays in the journal. Returns how many that are."""

@@ -7,6 +7,7 @@ which click prints and turns into the exit code.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -16,7 +17,17 @@ import aiohttp
 import click
 import msgspec
 
-__all__ = ["DEFAULT_URL", "Action", "AdminClient", "ClientFailed", "Plugin", "no_host", "refusal"]
+__all__ = [
+    "DEFAULT_URL",
+    "Action",
+    "AdminClient",
+    "ClientFailed",
+    "HostAbsent",
+    "Plugin",
+    "UrlInvalid",
+    "no_host",
+    "refusal",
+]
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 
@@ -27,18 +38,29 @@ Action = Literal["reload", "enable", "disable", "rollback"]
 
 
 class ClientFailed(click.ClickException):
-    """A client command that cannot go on: one sentence, and below it what to do."""
+    """A client command that cannot go on: one sentence, and below it what to do. Exit code 1."""
 
-    def __init__(self, problem: str, hint: str = "", *, exit_code: int = 1, code: str = "") -> None:
+    def __init__(self, problem: str, hint: str = "", *, code: str = "") -> None:
         super().__init__(problem)
         self.hint = hint
-        self.exit_code = exit_code
         self.code = code
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"{click.style('Error:', fg='red', bold=True)} {self.message}", file=file, err=file is None)
         if self.hint:
             click.echo(click.style(f"  {self.hint}", dim=True), file=file, err=file is None)
+
+
+class HostAbsent(ClientFailed):
+    """Nothing answers at the URL, or nothing that is hotdesk."""
+
+    exit_code = 3
+
+
+class UrlInvalid(ClientFailed):
+    """The URL is none."""
+
+    exit_code = 2
 
 
 class Capabilities(msgspec.Struct, frozen=True):
@@ -177,18 +199,19 @@ class AdminClient:
 def no_host(url: str, cause: BaseException) -> ClientFailed:
     """The failure for a URL that nothing answers at."""
     if isinstance(cause, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
-        return ClientFailed(
-            f"{url!r} is not a URL of a host",
-            f"It looks like {DEFAULT_URL} (--url, HOTDESK_URL).",
-            exit_code=2,
-        )
+        return UrlInvalid(f"{url!r} is not a URL of a host", f"It looks like {DEFAULT_URL} (--url, HOTDESK_URL).")
     if isinstance(cause, TimeoutError):
         problem = f"the host at {url} does not answer in time"
     elif isinstance(cause, aiohttp.ClientConnectorError):
-        problem = f"no host answers at {url} ({cause.strerror or cause.os_error})"
+        problem = f"no host answers at {url} ({_os_reason(cause.os_error)})"
     else:
         problem = f"the connection to {url} broke: {cause or type(cause).__name__}"
-    return ClientFailed(problem, "Start one with `hotdesk run`, or name it with --url or HOTDESK_URL.", exit_code=3)
+    return HostAbsent(problem, "Start one with `hotdesk run`, or name it with --url or HOTDESK_URL.")
+
+
+def _os_reason(error: OSError) -> str:
+    # asyncio writes its own "Connect call failed" over what the system said; the number is the system's.
+    return os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error.strerror or error)
 
 
 def refusal(url: str, status: int, body: bytes, *, token_given: bool) -> ClientFailed:
@@ -221,6 +244,4 @@ def _unknown_plugin(name: str, known: list[str]) -> ClientFailed:
 
 
 def _not_hotdesk(url: str, what: str) -> ClientFailed:
-    return ClientFailed(
-        f"what answers at {url} is no hotdesk host: {what}", "Look at --url or HOTDESK_URL.", exit_code=3
-    )
+    return HostAbsent(f"what answers at {url} is no hotdesk host: {what}", "Look at --url or HOTDESK_URL.")

@@ -232,9 +232,7 @@ def _state(plugin: Plugin) -> Text:
     if not plugin.enabled:
         return Text("disabled", style="dim")
     if plugin.breaker != "closed":
-        return Text(
-            f"{plugin.state} (breaker {plugin.breaker.replace('_', '-')})".replace(" ", "\u00a0"), style="bold red"
-        )
+        return Text(plugin.state, style="bold red")
     style = "yellow" if plugin.error and plugin.state == "ACTIVE" else _STATE_STYLE.get(plugin.state, "dim")
     return Text(plugin.state, style=style)
 
@@ -250,8 +248,9 @@ def _notes(plugin: Plugin) -> list[Text]:
         granted = ", ".join(f'"{one}"' for one in plugin.capabilities.asked)
         where = f"in hotdesk.toml: [plugins.{plugin.name}] grant = [{granted}]"
         notes.append(_note(plugin, "yellow", f"asks for {', '.join(lacking)}, not granted; {where}"))
-    if plugin.breaker == "open":
-        notes.append(_note(plugin, "red", "breaker open: left out of turns until a trial call succeeds"))
+    if plugin.breaker != "closed":
+        state = plugin.breaker.replace("_", "-")
+        notes.append(_note(plugin, "red", f"breaker {state}: left out of turns until a trial call succeeds"))
     notes += [_note(plugin, "yellow", f"left behind: {one}") for one in plugin.leftovers]
     return notes
 

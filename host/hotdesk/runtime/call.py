@@ -157,9 +157,9 @@ class Calls:
     @staticmethod
     def _uncancel(clock: Clock) -> None:
         clock.expired = None
-        if clock.task is not None:
-            while clock.task.cancelling():
-                clock.task.uncancel()
+        task = asyncio.current_task()
+        while task is not None and task.cancelling():
+            task.uncancel()
 
     def _late(self, slot: Slot, hook: BoundHook, start: float) -> CallFailed:
         generation = slot.generation

@@ -192,6 +192,13 @@ class Maker:
     def module_of(self, generation: Generation) -> ModuleType:
         return self._inside[generation].module
 
+    def plugin_of(self, module_name: str | None) -> str | None:
+        """Which plugin a module's name belongs to, for a report."""
+        for generation in self._inside:
+            if generation.module_name == module_name:
+                return generation.plugin
+        return None
+
     def pause(self, generation: Generation, paused: bool) -> None:
         """Let a generation's timed jobs rest, or go on."""
         generation.scope.pause(paused)

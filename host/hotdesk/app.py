@@ -1,0 +1,255 @@
+"""The one place that sees all rooms: builds each from a `Config`, opens them in order and closes them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from .backend import Backend, open_backend
+from .backend.lock import FolderLock
+from .chat.background import Background
+from .chat.dispatch import Dispatch
+from .chat.intake import Intake
+from .chat.outbox import Outbox
+from .chat.turns import Turns
+from .config import Config
+from .errors import ConfigError
+from .logs import get_log
+from .metrics import Metrics
+from .runtime.active import Active
+from .runtime.call import Calls
+from .runtime.capabilities import CapabilityDoors
+from .runtime.events import Events
+from .runtime.generations import Maker
+from .runtime.guards import Guards
+from .runtime.plugin_metrics import PluginMetrics
+from .runtime.python import PythonLoader
+from .runtime.release import Release
+from .runtime.reload import Plugins
+from .runtime.stalls import StallWatch
+from .web.access import Access
+from .web.admin import Admin
+from .web.application import Doors, make_application
+from .web.conversations import Conversations
+from .web.plugin_pages import PluginPages, compile_routes
+from .web.probes import Probes
+from .web.webhooks import Webhooks
+from .web.websocket import WebSockets
+from .web.wire import Wire
+
+__all__ = ["Host", "open_host"]
+
+HOST_KEYS = "hotdesk"
+"""The name under which the host itself keeps keys beside those of plugins; no plugin can have it without a letter first."""
+
+PURGE_EVERY_S = 3600.0
+
+
+@dataclass(slots=True)
+class Host:
+    """A running host. Opened by `open_host`."""
+
+    config: Config
+    url: str
+    backend: Backend
+    intake: Intake
+    turns: Turns
+    plugins: Plugins
+    events: Events
+    metrics: Metrics
+    new_admin_token: str | None
+    resumed: int
+
+
+@contextlib.asynccontextmanager
+async def open_host(
+    config: Config, *, listen: Callable[[dict[str, Any]], None] | None = None, serve: bool = True
+) -> AsyncIterator[Host]:
+    """Run a host while the context is open. *listen* hears every plugin event; *serve* False opens no port.
+
+    Raises `ConfigError` or `BackendError` when it can't start. Leaving the context stops taking messages, lets
+    what runs finish within `stop_timeout_s`, and leaves the rest in the journal.
+    """
+    log = get_log()
+    registry = CollectorRegistry()
+    for collector in (GCCollector, PlatformCollector, ProcessCollector):
+        collector(registry=registry)
+    metrics = Metrics(registry)
+    events = Events(log)
+    if listen is not None:
+        events.listen(listen)
+    async with contextlib.AsyncExitStack() as stack:
+        lock = FolderLock(Path(config.data))
+        lock.acquire()
+        stack.callback(lock.release)
+        access = Access(config)
+        backend = await open_backend(config.backend_url, metrics)
+        stack.push_async_callback(backend.aclose)
+        guards = Guards(asyncio.get_running_loop())
+        stack.callback(guards.remove)
+        loader = PythonLoader()
+        loader.install()
+        stack.callback(loader.remove)
+
+        calls = Calls(metrics, log)
+        active = Active(Dispatch(calls).compile)
+        outbox = Outbox()
+        background = Background(active, calls, backend, metrics, log)
+        turns = Turns(
+            active=active,
+            calls=calls,
+            backend=backend,
+            outbox=outbox,
+            background=background,
+            metrics=metrics,
+            log=log,
+            log_text=config.log_text,
+        )
+        intake = Intake(
+            backend=backend,
+            turns=turns,
+            outbox=outbox,
+            background=background,
+            metrics=metrics,
+            max_turns=config.max_turns,
+        )
+
+        def denied(plugin: str, generation: int, capability: str) -> None:
+            events.tell("capability_denied", plugin=plugin, generation=generation, capability=capability)
+
+        maker = Maker(
+            calls=calls,
+            loader=loader,
+            release=Release(loader),
+            metrics=metrics,
+            plugin_metrics=PluginMetrics(registry),
+            doors=CapabilityDoors(backend, denied),
+            send=intake.say,
+            compile_routes=compile_routes,
+            log=log,
+            setup_timeout_s=config.setup_timeout_s,
+        )
+
+        async def remember(enabled: dict[str, bool]) -> None:
+            await backend.kv_set(HOST_KEYS, "enabled", msgspec.json.encode(enabled))
+
+        plugins = Plugins(
+            config,
+            active=active,
+            calls=calls,
+            maker=maker,
+            metrics=metrics,
+            events=events,
+            log=log,
+            remember=remember,
+        )
+        metrics.watch_gauge("hotdesk_turns_live", "Turns accepted and not ended", lambda: turns.live)
+        metrics.watch_gauge("hotdesk_generations_alive", "Generations not proven gone", lambda: maker.alive)
+        stalls = _watch_stalls(config, maker, events, metrics)
+        stack.callback(stalls.close)
+        stack.push_async_callback(plugins.aclose)
+        kept = await backend.kv_get(HOST_KEYS, "enabled")
+        await plugins.start(msgspec.json.decode(kept, type=dict[str, bool]) if kept else {})
+        stack.push_async_callback(background.aclose, config.stop_timeout_s)
+        stack.push_async_callback(turns.aclose, config.stop_timeout_s)
+        resumed = await intake.resume()
+        wire = Wire(metrics, log)
+        doors = Doors(
+            wire=wire,
+            access=access,
+            conversations=Conversations(
+                config, intake=intake, outbox=outbox, backend=backend, access=access, metrics=metrics
+            ),
+            websockets=WebSockets(
+                config, intake=intake, outbox=outbox, backend=backend, access=access, metrics=metrics, wire=wire
+            ),
+            webhooks=Webhooks(intake=intake, background=background),
+            pages=PluginPages(active, calls),
+            admin=Admin(config, plugins=plugins, maker=maker, events=events, access=access, metrics=metrics),
+            probes=Probes(
+                backend=backend,
+                registry=registry,
+                ready=lambda: intake.ready,
+                facts=lambda: {
+                    "watch": plugins.watch_mode,
+                    "plugins": sum(e.current is not None for e in plugins.entries),
+                },
+            ),
+        )
+        url = await _serve(config, doors, intake, turns, stack) if serve else ""
+        if not serve:
+            stack.callback(intake.stop)
+        if config.retention_days:
+            purging = asyncio.create_task(_purge(backend, config.retention_days, log))
+            stack.callback(purging.cancel)
+        intake.open()
+        gc.collect()
+        gc.freeze()  # what lives as long as the host need not be looked at by every collection
+        stack.callback(gc.unfreeze)
+        yield Host(config, url, backend, intake, turns, plugins, events, metrics, access.new_admin_token, resumed)
+
+
+def _watch_stalls(config: Config, maker: Maker, events: Events, metrics: Metrics) -> StallWatch:
+    def report(module: str | None, stack: str, seconds: float) -> None:
+        plugin = maker.plugin_of(module)
+        metrics.stalls.labels(plugin or "").inc()
+        events.tell("loop_stalled", plugin=plugin, ms=round(seconds * 1000), stack=stack)
+
+    stalls = StallWatch(config.stall_ms / 1000, report, metrics.loop_lag.set)
+    stalls.start()
+    return stalls
+
+
+async def _serve(config: Config, doors: Doors, intake: Intake, turns: Turns, stack: contextlib.AsyncExitStack) -> str:
+    """Listen; on the way out, stop taking messages first, then tell everyone connected to come back."""
+    runner = web.AppRunner(
+        make_application(config, doors), access_log=None, handle_signals=False, shutdown_timeout=config.stop_timeout_s
+    )
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, config.host, config.port, backlog=1024, reuse_address=True)
+    try:
+        await site.start()
+    except OSError as exc:
+        raise ConfigError(
+            "port", config.port, "start", f"can't listen on {config.host}: {exc.strerror}; choose another with --port"
+        ) from exc
+
+    async def stop() -> None:
+        intake.stop()
+        await turns.wait_idle(config.stop_timeout_s)
+        doors.conversations.stop()
+        doors.admin.stop()
+        await doors.websockets.aclose()
+
+    stack.push_async_callback(stop)
+    server = site._server  # the bound port, when port is 0; aiohttp has no public way to it
+    sockets: list[socket.socket] = list(getattr(server, "sockets", ()))
+    port = sockets[0].getsockname()[1] if sockets else config.port
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{port}"
+
+
+async def _purge(backend: Backend, days: int, log: Any) -> None:
+    while True:
+        try:
+            deleted = await backend.purge(time.time() - days * 86400)
+            if deleted:
+                log.info("conversations_purged", count=deleted, older_than_days=days)
+        except Exception as exc:  # a purge that fails is tried again at its next time
+            log.error("purge_failed", problem=str(exc))
+        await asyncio.sleep(PURGE_EVERY_S)

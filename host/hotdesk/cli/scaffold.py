@@ -1,0 +1,174 @@
+"""`hotdesk init` and `hotdesk new`: a desk folder of one's own, and plugins that work as generated.
+
+Both decide everything before they write, and never write over anything.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import secrets
+import shutil
+import string
+from collections.abc import Iterator
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import click
+
+from hotdesk_sdk import ManifestInvalid, parse_manifest
+
+__all__ = ["init", "new"]
+
+LANGUAGES = ("python", "rust", "go", "js", "c", "zig")
+KINDS = ("bot", "middleware", "intake")
+
+
+@click.command(short_help="A desk folder: hotdesk.toml, and plugins/ with the bundled ones.")
+@click.argument("directory", metavar="[DIR]", type=click.Path(path_type=Path, file_okay=False), default=".")
+def init(directory: Path) -> None:
+    """Make a desk folder: hotdesk.toml with every setting in comments, and plugins/ with copies of the bundled plugins.
+
+    DIR is the current folder if not given. Nothing is written over: if any of it is there, nothing is written.
+
+    \b
+    Example:
+      hotdesk init desk && cd desk && hotdesk run
+    """
+    files = {Path("hotdesk.toml"): _template("hotdesk.toml").read_bytes()}
+    files |= {Path("plugins", path): content for path, content in _bundled_files()}
+    tops = {Path(*path.parts[:2]) for path in files}
+    if taken := sorted(str(directory / top) for top in tops if (directory / top).exists()):
+        raise click.ClickException(
+            f"nothing was written, because of what is there already: {', '.join(taken)}\n"
+            "  Name a new folder, as in: hotdesk init desk"
+        )
+    for path, content in files.items():
+        target = directory / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    (directory / "plugins").mkdir(exist_ok=True)
+    plugins = sorted({path.parts[1].removesuffix(".py") for path in files if _is_plugin(path)})
+    where = "" if directory == Path(".") else f"cd {directory}\n  "
+    click.echo(f"{_good(directory / 'hotdesk.toml')}  every setting, in comments")
+    click.echo(f"{_good(directory / 'plugins')}  {', '.join(plugins) or 'empty'}")
+    click.echo(
+        f"\nNext:\n  {where}hotdesk run          serves on http://127.0.0.1:8080 and watches plugins/\n"
+        "  hotdesk chat         in a second terminal: talk to it\n"
+        "  hotdesk new hello    a plugin of your own; saved is live"
+    )
+
+
+@click.command(short_help="A plugin that works as generated.")
+@click.argument("name")
+@click.option("--lang", type=click.Choice(LANGUAGES), default="python", show_default=True, help="What to write it in.")
+@click.option(
+    "--kind",
+    type=click.Choice(KINDS),
+    default="bot",
+    show_default=True,
+    help="bot answers, middleware stands around every turn, intake brings a channel in.",
+)
+@click.option(
+    "--dir",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="plugins",
+    show_default=True,
+    help="The plugin folder to write it to.",
+)
+def new(name: str, lang: str, kind: str, folder: Path) -> None:
+    """Write a plugin that works as generated: NAME/__init__.py, its plugin.toml, and a test.
+
+    A host that watches the folder serves it at once.
+
+    \b
+    Examples:
+      hotdesk new opening-hours
+      hotdesk new polite --kind middleware
+      hotdesk new sms --kind intake --dir ../desk/plugins
+    """
+    if lang != "python":
+        raise click.ClickException(f"WebAssembly plugins, and with them {lang}, are not in this version of hotdesk.")
+    _check_name(name)
+    for taken in (folder / name, folder / f"{name}.py", folder / f"{name}.toml", folder / f"{name}.wasm"):
+        if taken.exists():
+            raise click.ClickException(f"nothing was written: {taken} is there already")
+    test = f"test_{name.replace('-', '_')}.py"
+    files = {"__init__.py": "__init__.py.tmpl", "plugin.toml": "plugin.toml.tmpl", test: "test.py.tmpl"}
+    texts = {file: string.Template(_template(kind, tmpl).read_text("utf-8")) for file, tmpl in files.items()}
+    # Written under a name that no host looks at, then renamed: a host sees the plugin whole or not at all.
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".new-{name}-{secrets.token_hex(4)}"
+    unfinished.mkdir()
+    try:
+        for file, text in texts.items():
+            (unfinished / file).write_text(text.substitute(name=name), "utf-8")
+        unfinished.rename(folder / name)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _tell_next(folder / name, name, kind, test)
+
+
+def _tell_next(path: Path, name: str, kind: str, test: str) -> None:
+    for file, what in (("__init__.py", "the plugin"), ("plugin.toml", "what it says of itself"), (test, "its test")):
+        click.echo(f"{_good(path / file)}  {what}")
+    hello = {
+        "bot": f"echo {name} | hotdesk chat",
+        "middleware": "echo anything | hotdesk chat",
+        "intake": f"curl http://127.0.0.1:8080/hooks/{name} "
+        """-d '{"id": "1", "sender": "ann", "text": "hello"}'""",
+    }[kind]
+    click.echo(
+        f"\nNext:\n  hotdesk check {path}\n  pytest {path}\n  {hello}\n\n"
+        "A host that watches the folder serves it already; edit, save, and the new code answers."
+    )
+
+
+def _good(path: Path) -> str:
+    return f"{click.style('✓', fg='green')} {path}"
+
+
+def _check_name(name: str) -> None:
+    """Raise a usage error for a name that no host would load."""
+    try:
+        parse_manifest(name, None, file="")
+    except ManifestInvalid as exc:
+        better = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789")[:64]
+        hint = f"; how about {better!r}?" if better else ""
+        raise click.BadParameter(
+            f"{name!r} is none. It is a lower-case letter, then letters, digits, - or _{hint}", param_hint="NAME"
+        ) from exc
+    if name.startswith("test_"):
+        raise click.BadParameter(f"{name!r} would be taken for a test; a host leaves those alone", param_hint="NAME")
+
+
+def _template(*parts: str) -> Traversable:
+    return importlib.resources.files("hotdesk.cli").joinpath("templates", *parts)
+
+
+def _bundled_files() -> Iterator[tuple[Path, bytes]]:
+    """The bundled plugins, each file with its path below plugins/: from the installed package, or from the checkout."""
+    packaged = importlib.resources.files("hotdesk").joinpath("bundled", "plugins")
+    checkout = Path(__file__).parents[3] / "plugins"
+    root: Traversable = packaged if packaged.is_dir() else checkout
+    if not root.is_dir():
+        raise click.ClickException("the bundled plugins are missing from this installation; install hotdesk again")
+    yield from _files(root, Path())
+
+
+def _files(folder: Traversable, below: Path) -> Iterator[tuple[Path, bytes]]:
+    for item in sorted(folder.iterdir(), key=lambda item: item.name):
+        if item.name.startswith((".", "test_")) or item.name in ("__pycache__", "tests", "conftest.py"):
+            continue
+        if item.is_dir():
+            yield from _files(item, below / item.name)
+        else:
+            yield below / item.name, item.read_bytes()
+
+
+def _is_plugin(path: Path) -> bool:
+    inside = path.parts[1:]
+    return inside[-1:] == ("__init__.py",) or (len(inside) == 1 and path.suffix == ".py" and path.stem[0] not in "_.")

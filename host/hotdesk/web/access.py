@@ -1,0 +1,158 @@
+"""Who may speak: origins, visitor tokens, rate limits, the admin token."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import jwt
+import msgspec
+from aiohttp import web
+
+from ..config import Config
+from ..errors import BackendError, ConfigError, DoorError
+
+__all__ = ["Access", "Visitor"]
+
+MAX_BUCKETS = 50_000
+"""Senders whose rate is remembered; beyond it the ones that have their full allowance again are forgotten."""
+
+
+class Visitor(msgspec.Struct, frozen=True):
+    """Who a token says is speaking, and until when (Unix seconds)."""
+
+    id: str
+    expires: float
+
+
+class Access:
+    """The checks of all doors."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._data = Path(config.data)
+        self._origins = frozenset(origin.rstrip("/").lower() for origin in config.allowed_origins)
+        self._secret = config.visitor_secret or (self._kept_secret() if config.visitor_tokens else "")
+        self._verified: dict[tuple[str, str], Visitor] = {}
+        self._buckets: dict[str, tuple[float, float]] = {}
+        self.new_admin_token: str | None = None
+        self._admin_digest = self._admin()
+
+    # -- visitors --------------------------------------------------------------------------------------------
+
+    def check_origin(self, request: web.Request) -> str | None:
+        """The page's origin if it may speak; None when no page speaks. Raises `DoorError`."""
+        origin = request.headers.get("Origin")
+        if origin is None:
+            return None
+        if origin.lower() in self._origins or "*" in self._origins:
+            return origin
+        if urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower():
+            return origin
+        raise DoorError(
+            "origin_not_allowed", f"pages of {origin[:100]} may not speak here", "the setting is allowed_origins"
+        )
+
+    def visitor(self, request: web.Request, conversation: str) -> Visitor | None:
+        """Who speaks, by the token; None while tokens are off. Raises `DoorError` unless it fits *conversation*."""
+        if not self._config.visitor_tokens:
+            return None
+        header = request.headers.get("Authorization", "")
+        token = header[7:] if header[:7].lower() == "bearer " else request.query.get("token", "")
+        if not token:
+            raise DoorError("unauthorized", "a visitor token is needed: Authorization: Bearer …, or ?token=…")
+        visitor = self._verified.get((token, conversation))
+        if visitor is None:
+            visitor = self._verify(token, conversation)
+            if len(self._verified) > 10_000:
+                self._verified.clear()
+            self._verified[(token, conversation)] = visitor
+        self.check_expiry(visitor)
+        return visitor
+
+    @staticmethod
+    def check_expiry(visitor: Visitor | None) -> None:
+        """Raises `DoorError` once the token has run out, on a connection that is open too."""
+        if visitor is not None and visitor.expires < time.time():
+            raise DoorError("unauthorized", "the visitor token has expired")
+
+    def _verify(self, token: str, conversation: str) -> Visitor:
+        try:
+            claims = jwt.decode(token, self._secret, algorithms=["HS256"], options={"require": ["exp", "sub", "conv"]})
+        except jwt.PyJWTError as exc:
+            raise DoorError("unauthorized", f"the visitor token can't be used: {exc}") from None
+        if claims["conv"] != conversation:
+            raise DoorError("forbidden", "the visitor token is for another conversation")
+        return Visitor(str(claims["sub"]), float(claims["exp"]))
+
+    def issue(self, conversation: str, visitor: str, seconds: int) -> tuple[str, float]:
+        """A token that binds *conversation* to *visitor*, and when it expires. HS256, see host/README.md."""
+        if not self._secret:
+            raise DoorError("conflict", "visitor tokens are off", "the setting is visitor_tokens")
+        expires = time.time() + seconds
+        claims = {"sub": visitor, "conv": conversation, "iat": int(time.time()), "exp": int(expires)}
+        return jwt.encode(claims, self._secret, algorithm="HS256"), expires
+
+    def check_rate(self, sender: str) -> None:
+        """Take one from *sender*'s bucket. Raises `DoorError` when it is empty."""
+        per_minute = self._config.rate_per_minute
+        if not per_minute:
+            return
+        now = time.monotonic()
+        per_second, burst = per_minute / 60, float(self._config.rate_burst)
+        tokens, at = self._buckets.get(sender, (burst, now))
+        tokens = min(burst, tokens + (now - at) * per_second)
+        if tokens < 1:
+            wait = max(1, round((1 - tokens) / per_second))
+            raise DoorError("rate_limited", f"over {per_minute} messages a minute", retry_after_s=wait)
+        self._buckets[sender] = (tokens - 1, now)
+        if len(self._buckets) > MAX_BUCKETS:
+            full = now - burst / per_second
+            self._buckets = {who: row for who, row in self._buckets.items() if row[1] > full}
+
+    # -- the operator ----------------------------------------------------------------------------------------
+
+    def check_admin(self, request: web.Request) -> None:
+        """Raises `DoorError` unless the request has the admin token."""
+        header = request.headers.get("Authorization", "")
+        given = header[7:].strip() if header[:7].lower() == "bearer " else ""
+        if not given or not hmac.compare_digest(_digest(given), self._admin_digest):
+            raise DoorError(
+                "unauthorized",
+                "the admin token is missing or wrong",
+                "Authorization: Bearer TOKEN; it was shown at the first start, or set one with HOTDESK_ADMIN_TOKEN",
+            )
+
+    def _admin(self) -> str:
+        if self._config.admin_token:
+            if len(self._config.admin_token) < 8:
+                raise ConfigError("admin_token", "…", "start", "it must have at least 8 characters")
+            return _digest(self._config.admin_token)
+        kept = self._data / "admin_token.sha256"
+        if kept.exists():
+            return kept.read_text().strip()
+        self.new_admin_token = "hd_" + secrets.token_urlsafe(24)
+        _keep(kept, _digest(self.new_admin_token))
+        return _digest(self.new_admin_token)
+
+    def _kept_secret(self) -> str:
+        kept = self._data / "visitor_secret"
+        if not kept.exists():
+            _keep(kept, secrets.token_urlsafe(48))
+        return kept.read_text().strip()
+
+
+def _keep(path: Path, text: str) -> None:
+    try:
+        path.touch(mode=0o600)
+        path.write_text(text + "\n")
+    except OSError as exc:
+        raise BackendError(f"{path} can't be written: {exc.strerror}; choose another folder with --data") from exc
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,67 @@
+"""Puts the doors on one aiohttp application."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from ..config import Config
+from ..errors import DoorError
+from .access import Access
+from .admin import Admin
+from .conversations import Conversations
+from .plugin_pages import PluginPages
+from .probes import Probes
+from .webhooks import Webhooks
+from .websocket import WebSockets
+from .wire import Wire
+
+__all__ = ["Doors", "make_application"]
+
+
+@dataclass(slots=True)
+class Doors:
+    """All doors of one host."""
+
+    wire: Wire
+    access: Access
+    conversations: Conversations
+    websockets: WebSockets
+    webhooks: Webhooks
+    pages: PluginPages
+    admin: Admin
+    probes: Probes
+
+
+def make_application(config: Config, doors: Doors) -> web.Application:
+    """The routes of design section 2. The router freezes at start, so what plugins add has one catch-all each."""
+    app = web.Application(client_max_size=config.max_body_bytes)
+    door, refuse, add = doors.wire.door, doors.wire.not_allowed, app.router.add_route
+    table = {
+        "/v1/conversations/{c}/messages": {"POST": doors.conversations.post, "GET": doors.conversations.record},
+        "/v1/conversations/{c}/events": {"GET": doors.conversations.events},
+        "/v1/ws": {"GET": doors.websockets.handle},
+        "/admin/plugins": {"GET": doors.admin.list},
+        "/admin/plugins/{name}": {"GET": doors.admin.show},
+        "/admin/plugins/{name}/{action}": {"POST": doors.admin.act},
+        "/admin/events": {"GET": doors.admin.events},
+        "/admin/tokens": {"POST": doors.admin.token},
+        "/healthz": {"GET": doors.probes.healthz},
+        "/readyz": {"GET": doors.probes.readyz},
+        "/metrics": {"GET": doors.probes.metrics},
+    }
+    for path, handlers in table.items():
+        for method, handler in handlers.items():
+            add(method, path, door(handler))
+        add("*", path, refuse(*handlers))
+    for path in ("/hooks/{plugin}", "/hooks/{plugin}/{tail:.*}"):
+        add("*", path, door(doors.webhooks.handle))
+    for path in ("/p/{plugin}", "/p/{plugin}/{tail:.*}"):
+        add("*", path, door(doors.pages.handle))
+
+    async def nowhere(request: web.Request) -> web.StreamResponse:
+        raise DoorError("not_found", f"there is nothing at {request.path[:200]}", "the doors are in host/README.md")
+
+    add("*", "/{tail:.*}", door(nowhere))
+    return app

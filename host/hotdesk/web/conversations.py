@@ -1,0 +1,245 @@
+"""`/v1/conversations/{c}/…`: messages in, the record, and its events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+from aiohttp import web
+
+from ..backend import Backend
+from ..chat.intake import Accepted, Intake, NewMessage
+from ..chat.outbox import Event, Outbox, Reader, public
+from ..chat.turn import Ended
+from ..config import Config
+from ..errors import DoorError
+from ..metrics import Metrics
+from .access import Access
+from .wire import SSE_HEADERS, conversation_of, decode_message, integer, json_response, seconds, sse
+
+__all__ = ["Conversations"]
+
+MAX_WAIT_S = 300.0
+MAX_SEQ = 2**63 - 1
+HEARTBEAT_S = 15.0
+"""A comment line this often keeps proxies from closing a quiet event stream."""
+
+STALL_S = 20.0
+"""A reader that takes nothing for this long is closed; it resumes with its last id."""
+
+
+class Conversations:
+    """The HTTP doors of conversations."""
+
+    def __init__(
+        self, config: Config, *, intake: Intake, outbox: Outbox, backend: Backend, access: Access, metrics: Metrics
+    ) -> None:
+        self._config = config
+        self._intake = intake
+        self._outbox = outbox
+        self._backend = backend
+        self._access = access
+        self._metrics = metrics
+        self._streams = metrics.connections.labels("sse")
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """End the event streams: their readers come back elsewhere, or later."""
+        self._stopping.set()
+
+    def _enter(self, request: web.Request) -> tuple[str, str]:
+        """The conversation, and on whose account the request goes. Raises `DoorError`."""
+        self._access.check_origin(request)
+        conversation = conversation_of(request.match_info["c"])
+        visitor = self._access.visitor(request, conversation)
+        return conversation, visitor.id if visitor else ""
+
+    async def post(self, request: web.Request) -> web.StreamResponse:
+        conversation, visitor = self._enter(request)
+        content_type = request.headers.get("Content-Type")
+        if content_type is not None and content_type.partition(";")[0].strip().lower() != "application/json":
+            raise DoorError(
+                "unsupported_media_type", f"the body is {content_type[:100]}", "send Content-Type: application/json"
+            )
+        wait = seconds(request.query, "wait", MAX_WAIT_S)
+        new = decode_message(await request.read(), conversation, self._config.max_text_bytes)
+        if visitor:
+            new = NewMessage(
+                new.conversation, new.text, new.id, type(new.sender)(visitor, new.sender.name), new.attachments,
+                new.metadata, new.locale,
+            )  # fmt: skip
+        self._access.check_rate(new.sender.id or request.remote or "")
+        if "text/event-stream" in request.headers.get("Accept", ""):
+            return await self._post_stream(request, new)
+        accepted = await self._intake.accept(new, door="http")
+        body: dict[str, Any] = {
+            "id": accepted.id, "conversation": accepted.conversation, "seq": accepted.seq, "status": "accepted",
+        }  # fmt: skip
+        if wait is None:
+            return json_response(body, 202)
+        ended = await self._wait(accepted, wait)
+        if ended is None:
+            return json_response(body, 202)
+        body["replies"] = [public(reply) for reply in ended.replies]
+        if ended.error is not None:
+            body["error"] = {"code": ended.error[0], "message": ended.error[1]}
+        return json_response(body)
+
+    async def _wait(self, accepted: Accepted, wait: float) -> Ended | None:
+        """How the turn ended, or None when the time is up first."""
+        if accepted.turn is None:
+            outcome = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+            return Ended(outcome.replies) if outcome.ended else None
+        future = accepted.turn.wait_ended()
+        handle = asyncio.get_running_loop().call_later(wait, future.cancel)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if future.cancelled() and task is not None and not task.cancelling():
+                return None
+            raise
+        finally:
+            handle.cancel()
+
+    async def _post_stream(self, request: web.Request, new: NewMessage) -> web.StreamResponse:
+        events: deque[Event | None] = deque()
+        wake = asyncio.Event()
+        outcome: list[Accepted | BaseException] = []
+
+        def told(accepted: Accepted | BaseException) -> None:
+            outcome.append(accepted)
+            if isinstance(accepted, Accepted) and accepted.turn is not None:
+                if accepted.turn.watchers is None:
+                    accepted.turn.watchers = []
+                accepted.turn.watchers.append(hear)
+                accepted.turn.wait_ended().add_done_callback(lambda _: hear(None))
+            wake.set()
+
+        def hear(event: Event | None) -> None:
+            events.append(event)
+            wake.set()
+
+        self._intake.accept_nowait(new, told, door="sse")
+        await wake.wait()
+        accepted = outcome[0]
+        if isinstance(accepted, BaseException):
+            raise accepted
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        await response.prepare(request)
+        first = {"id": accepted.id, "conversation": accepted.conversation, "seq": accepted.seq, "status": "accepted"}
+        self._streams.inc()
+        try:
+            await response.write(sse("accepted", Event("accepted", first).frame))
+            if accepted.turn is None:
+                past = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+                events.extend(Event.of(reply) for reply in past.replies)
+                events.append(None)
+            await self._write_turn(response, events, wake, accepted)
+            await response.write_eof()
+        except (ConnectionResetError, TimeoutError):
+            pass  # the visitor left; the turn goes on, and its reply is in the record
+        finally:
+            self._streams.dec()
+            if accepted.turn is not None and accepted.turn.watchers and hear in accepted.turn.watchers:
+                accepted.turn.watchers.remove(hear)
+        return response
+
+    async def _write_turn(
+        self, response: web.StreamResponse, events: deque[Event | None], wake: asyncio.Event, accepted: Accepted
+    ) -> None:
+        while True:
+            while events:
+                event = events.popleft()
+                if event is None:
+                    await response.write(
+                        sse("done", b'{"id":"%s"}' % accepted.id.encode() if '"' not in accepted.id else b"{}")
+                    )
+                    return
+                async with asyncio.timeout(STALL_S):
+                    await response.write(sse(event.kind, event.frame, event.seq))
+            wake.clear()
+            if not events:
+                await wake.wait()
+
+    async def record(self, request: web.Request) -> web.StreamResponse:
+        conversation, _ = self._enter(request)
+        after = integer(request.query, "after", 0, 0, MAX_SEQ)
+        limit = integer(request.query, "limit", 100, 1, 1000)
+        entries = await self._backend.read(conversation, after, limit + 1)
+        if entries is None:
+            raise DoorError("conversation_not_found", "nothing was ever said in this conversation")
+        more = len(entries) > limit
+        shown = entries[:limit]
+        return json_response({"messages": [public(e) for e in shown], "next": shown[-1].seq if more else None})
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        conversation, _ = self._enter(request)
+        last = request.headers.get("Last-Event-ID")
+        query = {"after": last} if last is not None else request.query
+        after = integer(query, "after", None, 0, MAX_SEQ)
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        await response.prepare(request)
+        sink = _SseSink(response, self._config.max_buffer_bytes)
+        reader = Reader(conversation, after, messages=True, sink=sink, backend=self._backend)
+        leave = self._outbox.join(reader)
+        self._streams.inc()
+        try:
+            await sink.run(self._stopping)
+        except (ConnectionResetError, TimeoutError):
+            if sink.stalled:
+                self._metrics.slow_readers.labels("sse").inc()
+        finally:
+            leave()
+            self._streams.dec()
+        return response
+
+
+class _SseSink:
+    """Writes events to one response; over its bound it ends the stream, whose reader resumes by its last id."""
+
+    def __init__(self, response: web.StreamResponse, limit: int) -> None:
+        self._response = response
+        self._limit = limit
+        self._queue: deque[bytes] = deque()
+        self._size = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self.stalled = False
+
+    def send(self, event: Event) -> None:
+        data = sse(event.kind, event.frame, event.seq)
+        self._queue.append(data)
+        self._size += len(data)
+        self._wake.set()
+        if self._size > self._limit // 2:
+            self._room.clear()
+        if self._size > self._limit:
+            self.stalled = True
+
+    async def drain(self) -> None:
+        await self._room.wait()
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        stop = asyncio.ensure_future(stopping.wait())
+        try:
+            while not stop.done():
+                while self._queue:
+                    data = b"".join(self._queue)
+                    self._queue.clear()
+                    self._size = 0
+                    self._room.set()
+                    async with asyncio.timeout(STALL_S):
+                        await self._response.write(data)
+                    if self.stalled:
+                        return
+                self._wake.clear()
+                woken = asyncio.ensure_future(self._wake.wait())
+                done, _ = await asyncio.wait({stop, woken}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+                woken.cancel()
+                if not done:
+                    await self._response.write(b": still here\n\n")
+        finally:
+            stop.cancel()

@@ -1,0 +1,57 @@
+"""`/healthz`, `/readyz`, `/metrics`: what an orchestrator and a scraper ask."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from ..backend import Backend
+from ..errors import BackendUnavailable
+from .wire import json_response
+
+__all__ = ["Probes"]
+
+
+class Probes:
+    """`facts` is what `/readyz` tells beside whether it is ready."""
+
+    def __init__(
+        self,
+        *,
+        backend: Backend,
+        registry: CollectorRegistry,
+        ready: Callable[[], bool],
+        facts: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._backend = backend
+        self._registry = registry
+        self._ready = ready
+        self._facts = facts
+
+    async def healthz(self, request: web.Request) -> web.StreamResponse:
+        return json_response({"status": "alive"})
+
+    async def readyz(self, request: web.Request) -> web.StreamResponse:
+        problem = None if self._ready() else "not ready: starting or stopping"
+        if problem is None:
+            try:
+                async with asyncio.timeout(3.0):
+                    await self._backend.ping()
+            except (BackendUnavailable, TimeoutError) as exc:
+                problem = str(exc) or "the backend did not answer within 3 s"
+        body = {
+            "status": "ready" if problem is None else "not ready",
+            "backend": self._backend.url.partition("://")[0],
+            "durability": self._backend.durability,
+            **self._facts(),
+        }
+        if problem is not None:
+            body["problem"] = problem
+        return json_response(body, 200 if problem is None else 503)
+
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,104 @@
+"""`/hooks/{plugin}/…`: a webhook goes to that plugin's `intake`; what it finds in it is taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from hotdesk_sdk import Answer, InboundMessage, Intake, Request
+
+from ..chat.background import Background
+from ..chat.intake import Intake as Inbox
+from ..chat.intake import NewMessage
+from ..errors import CallFailed, DoorError
+from .wire import conversation_of, json_response
+
+__all__ = ["Webhooks", "answer_response"]
+
+
+class Webhooks:
+    """The webhook door."""
+
+    def __init__(self, *, intake: Inbox, background: Background) -> None:
+        self._intake = intake
+        self._background = background
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        plugin = request.match_info["plugin"]
+        if not self._intake.ready:
+            raise DoorError("stopping", "the host is not ready to take messages", retry_after_s=1)
+        hook_request = Request(
+            request.method,
+            "/" + request.match_info.get("tail", ""),
+            dict(request.query),
+            {name.lower(): value for name, value in request.headers.items()},
+            await request.read(),
+        )
+        try:
+            given = await self._background.call_plugin(plugin, "intake", hook_request)
+            found = read_intake(given)
+        except LookupError:
+            raise DoorError("not_found", f"no plugin '{plugin[:64]}' takes webhooks") from None
+        except (CallFailed, TypeError, msgspec.ValidationError) as exc:
+            raise DoorError("plugin_failed", f"plugin '{plugin}' could not take this webhook: {exc}") from exc
+        for message in found.messages:
+            new = NewMessage(
+                conversation_of(message.conversation), message.text, message.id, message.sender,
+                tuple(message.attachments), message.metadata, message.locale,
+            )  # fmt: skip
+            await self._intake.accept(new, door="webhook", channel=plugin)
+        return answer_response(found.answer)
+
+
+def read_intake(given: Any) -> Intake:
+    """What an `intake` hook returned, in any of its forms. Raises `TypeError` or `ValidationError`.
+
+    `Intake`; None (nothing found); a list of messages; `(messages, answer)`. A message may be a dict with the
+    fields of `InboundMessage`, an answer a status, a text, a dict, or `Answer`.
+    """
+    if given is None:
+        return Intake()
+    if isinstance(given, Intake):
+        messages, answer = given.messages, given.answer
+    elif isinstance(given, tuple) and len(given) == 2:
+        messages, answer = given
+    elif isinstance(given, list):
+        messages, answer = given, Answer(202)
+    elif isinstance(given, Answer):
+        messages, answer = (), given
+    else:
+        raise TypeError(f"intake returned a {type(given).__name__}; it may return an Intake, or (messages, answer)")
+    return Intake([_message(item) for item in messages], _answer(answer))
+
+
+def _message(item: Any) -> InboundMessage:
+    if isinstance(item, InboundMessage):
+        return item
+    if isinstance(item, Mapping):
+        return msgspec.convert(item, InboundMessage)
+    raise TypeError(f"a message is an InboundMessage or a dict, not {type(item).__name__}")
+
+
+def _answer(item: Any) -> Answer:
+    if isinstance(item, Answer):
+        return item
+    if isinstance(item, int) and not isinstance(item, bool):
+        return Answer(item)
+    return Answer(200, item)
+
+
+def answer_response(answer: Answer) -> web.Response:
+    """An `Answer` as an HTTP response: text and bytes as they are, anything else as JSON."""
+    if answer.body is None:
+        response = web.Response(status=answer.status)
+    elif isinstance(answer.body, str):
+        response = web.Response(status=answer.status, text=answer.body)
+    elif isinstance(answer.body, bytes):
+        response = web.Response(status=answer.status, body=answer.body)
+    else:
+        response = json_response(answer.body, answer.status)
+    response.headers.update(answer.headers)
+    return response

@@ -1,0 +1,210 @@
+"""`/v1/ws`: JSON text frames both ways. No task and no queue of its own for an idle visitor."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import WSCloseCode, WSMsgType, web
+from msgspec import Meta
+
+from ..backend import Backend
+from ..chat.intake import Accepted, Intake, NewMessage
+from ..chat.outbox import Event, Outbox, Reader
+from ..config import Config
+from ..errors import DoorError
+from ..metrics import Metrics
+from ..runtime.guards import host_task
+from .access import Access, Visitor
+from .conversations import MAX_SEQ
+from .wire import MessageBody, Wire, conversation_of, decode, integer, to_message
+
+__all__ = ["WebSockets"]
+
+COME_BACK = WSCloseCode.TRY_AGAIN_LATER
+"""1013: the close code of a reader that fell too far behind; it resumes with `after=`."""
+
+PING_S = 30.0
+PONG = b'{"type":"pong"}'
+BINARY = "frames are text, with JSON in them"
+
+_encode = msgspec.json.Encoder().encode
+
+
+class InFrame(MessageBody, frozen=True, kw_only=True):
+    """A frame from a visitor: `message` with a message's fields, or `ping`."""
+
+    type: Annotated[str, Meta(max_length=20)]
+    text: str = ""
+
+
+_in = msgspec.json.Decoder(InFrame).decode
+
+
+class WebSockets:
+    """The WebSocket door."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        intake: Intake,
+        outbox: Outbox,
+        backend: Backend,
+        access: Access,
+        metrics: Metrics,
+        wire: Wire,
+    ) -> None:
+        self._config = config
+        self._intake = intake
+        self._outbox = outbox
+        self._backend = backend
+        self._access = access
+        self._metrics = metrics
+        self._wire = wire
+        self._sessions: set[_Session] = set()
+        metrics.watch_gauge("hotdesk_websockets", "Open WebSocket connections", lambda: len(self._sessions))
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self._access.check_origin(request)
+        name = request.query.get("conversation")
+        if name is None:
+            raise DoorError("bad_parameter", "conversation is missing", "GET /v1/ws?conversation=C")
+        conversation = conversation_of(name)
+        visitor = self._access.visitor(request, conversation)
+        after = integer(request.query, "after", None, 0, MAX_SEQ)
+        if not self._intake.ready:
+            raise DoorError("stopping", "the host is not ready to take messages", retry_after_s=1)
+        ws = web.WebSocketResponse(
+            compress=False, max_msg_size=self._config.max_body_bytes, heartbeat=PING_S, decode_text=False
+        )
+        if not ws.can_prepare(request).ok:
+            raise DoorError("bad_parameter", "this path is a WebSocket; send an Upgrade request")
+        await ws.prepare(request)
+        session = _Session(self, ws, request, conversation, visitor)
+        self._sessions.add(session)
+        leave = self._outbox.join(Reader(conversation, after, messages=False, sink=session, backend=self._backend))
+        try:
+            await session.run()
+        finally:
+            leave()
+            self._sessions.discard(session)
+        return ws
+
+    async def aclose(self) -> None:
+        """Close every connection with 1012, "service restart": come back."""
+        await asyncio.gather(
+            *(s.ws.close(code=WSCloseCode.SERVICE_RESTART, message=b"come back") for s in list(self._sessions)),
+            return_exceptions=True,
+        )
+
+
+class _Session:
+    """One visitor's connection: a sink for its reader."""
+
+    __slots__ = ("__weakref__", "_closing", "_conversation", "_door", "_remote", "_transport", "_visitor", "ws")
+
+    def __init__(
+        self,
+        door: WebSockets,
+        ws: web.WebSocketResponse,
+        request: web.Request,
+        conversation: str,
+        visitor: Visitor | None,
+    ) -> None:
+        self._door = door
+        self.ws = ws
+        self._transport: Any = request.transport
+        self._remote = request.remote or ""
+        self._conversation = conversation
+        self._visitor = visitor
+        self._closing = False
+
+    def send(self, event: Event) -> None:
+        self._write(event.frame)
+
+    def _write(self, data: bytes) -> None:
+        """Hand *data* to the socket without waiting; a reader that is too far behind is closed, resumably."""
+        if self._closing or self.ws.closed:
+            return
+        sending = self.ws.send_frame(data, WSMsgType.TEXT)
+        try:
+            sending.send(None)  # it writes at once; what it might wait for then is the reader, and we do not
+        except StopIteration:
+            pass
+        except ConnectionError:
+            self._closing = True
+            return
+        else:
+            sending.close()
+        if self._transport.get_write_buffer_size() > self._door._config.max_buffer_bytes:
+            self._closing = True
+            self._door._metrics.slow_readers.labels("websocket").inc()
+            self._transport.abort() if self._transport.is_closing() else host_task(self._come_back())
+
+    async def _come_back(self) -> None:
+        try:
+            async with asyncio.timeout(2.0):
+                await self.ws.close(code=COME_BACK, message=b"come back with after=")
+        except (TimeoutError, ConnectionError):
+            pass
+        if not self._transport.is_closing():
+            self._transport.abort()
+
+    async def drain(self) -> None:
+        while not self._closing and self._transport.get_write_buffer_size() > self._door._config.max_buffer_bytes // 2:
+            await asyncio.sleep(0.01)
+
+    async def run(self) -> None:
+        while True:
+            message = await self.ws.receive()
+            kind = message.type
+            if kind is WSMsgType.TEXT:
+                try:
+                    self._take(message.data)
+                except DoorError as exc:
+                    self._refuse(exc, None)
+            elif kind is WSMsgType.BINARY:
+                self._refuse(DoorError("bad_json", BINARY), None)
+            else:
+                return
+
+    def _take(self, data: bytes) -> None:
+        frame = decode(_in, data)
+        if frame.type == "ping":
+            self._write(PONG)
+            return
+        if frame.type != "message":
+            raise DoorError("bad_message", f"type is {frame.type!r}; it may be message or ping - at `$.type`")
+        try:
+            new = to_message(frame, self._conversation, self._door._config.max_text_bytes)
+            if self._visitor is not None:
+                self._door._access.check_expiry(self._visitor)
+                new = NewMessage(
+                    new.conversation, new.text, new.id, type(new.sender)(self._visitor.id, new.sender.name),
+                    new.attachments, new.metadata, new.locale,
+                )  # fmt: skip
+            self._door._access.check_rate(new.sender.id or self._remote)
+            self._door._intake.accept_nowait(new, partial(self._accepted, frame.id), door="websocket")
+        except DoorError as exc:
+            self._refuse(exc, frame.id)
+
+    def _accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            self._refuse(self._door._wire.as_door_error(outcome, "websocket"), given)
+            return
+        self._write(_encode({"type": "accepted", "id": outcome.id, "seq": outcome.seq}))
+        if outcome.duplicate and outcome.turn is None:
+            host_task(self._repeat(outcome))
+
+    async def _repeat(self, accepted: Accepted) -> None:
+        """A message that was answered before: its answer again."""
+        past = await self._door._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+        for reply in past.replies:
+            self._write(Event.of(reply).frame)
+
+    def _refuse(self, exc: DoorError, to: str | None) -> None:
+        self._door._metrics.errors.labels(exc.code).inc()
+        self._write(Event.error(to, exc.code, exc.message).frame)

@@ -1,0 +1,111 @@
+"""Run a plugin in a test of your own, on the real runtime, with nothing to set up.
+
+    async def test_refund():
+        async with Desk.with_plugin("faq.py") as desk:
+            assert "three days" in (await desk.say("refund?")).text
+
+Needs the package `hotdesk` installed: it is found by its entry point, not imported from here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from .context import StoredReply
+from .messages import Intake, Message
+
+__all__ = ["Desk", "Said"]
+
+
+class Said(Protocol):
+    """What became of one message. False when nobody answered."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def replies(self) -> tuple[StoredReply, ...]: ...
+    @property
+    def chunks(self) -> tuple[str, ...]: ...
+    @property
+    def error(self) -> tuple[str, str] | None: ...
+    @property
+    def plugin(self) -> str | None: ...
+    @property
+    def generation(self) -> int | None: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+    def __bool__(self) -> bool: ...
+
+
+class Desk(Protocol):
+    """A host in memory with the plugins of one test: no port, and a journal that goes with it."""
+
+    @staticmethod
+    def with_plugin(
+        *paths: str | Path,
+        config: Mapping[str, Any] | None = None,
+        configs: Mapping[str, Mapping[str, Any]] | None = None,
+        grant: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> AbstractAsyncContextManager[Desk]:
+        """A desk with the plugins at *paths* (a file, or a folder), relative to the working folder or to the test.
+
+        *config* goes over the first plugin's `[config]`, *configs* over each by name. *grant* is what each
+        plugin is granted; by default all that it asks for. Raises the load's error when one does not load.
+        """
+        if not paths:
+            raise TypeError("with_plugin: name at least one plugin's file or folder")
+        caller = Path(sys._getframe(1).f_code.co_filename).parent
+        found = [_find(Path(path), caller) for path in paths]
+        configs = dict(configs or {})
+        if config is not None:
+            first = found[0]
+            configs[first.name if first.is_dir() else first.stem] = config
+        return _factory()(found, configs, grant)  # type: ignore[no-any-return]
+
+    async def say(
+        self,
+        text: str,
+        *,
+        conversation: str = "test",
+        id: str | None = None,
+        sender: str = "",
+        metadata: dict[str, Any] | None = None,
+        timeout: float = 10.0,
+    ) -> Said:
+        """Send a message and wait for its turn's end."""
+
+    async def webhook(
+        self,
+        plugin: str,
+        body: bytes | str = b"",
+        *,
+        method: str = "POST",
+        path: str = "/",
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> Intake:
+        """Hand a request to the plugin's `intake` and return what it found; nothing is taken in."""
+
+    async def record(self, conversation: str = "test") -> list[Message | StoredReply]:
+        """Everything said in a conversation, oldest first."""
+
+    async def write(self, name: str, source: str) -> Any:
+        """Replace a plugin's file and wait until the change serves or is refused."""
+
+
+def _find(path: Path, caller: Path) -> Path:
+    for candidate in (path, caller / path):
+        if candidate.exists():
+            return candidate.resolve()
+    raise FileNotFoundError(f"there is no plugin at {path}, seen from {Path.cwd()} or {caller}")
+
+
+def _factory() -> Any:
+    for entry in entry_points(group="hotdesk_sdk.testing", name="open_desk"):
+        return entry.load()
+    raise RuntimeError("hotdesk_sdk.testing runs plugins on the real runtime: pip install hotdesk")
