@@ -168,32 +168,50 @@ class Chat:
             pass  # `listen` sees the same, comes back, and sends it again
 
     async def wait_answered(self, session: aiohttp.ClientSession, asked: Asked, wait_s: float) -> bool:
-        """Wait until *asked* has its reply or error, or its turn ended without; False when it got no reply."""
-        loop = asyncio.get_running_loop()
-        while not asked.done.is_set():
-            quiet = loop.time() - asked.heard_at
-            if self._ws is not None and quiet > wait_s:
-                self._screen.note(f"no answer within {wait_s:g} s; what comes later is shown here")
-                break
-            try:
-                await asyncio.wait_for(asked.done.wait(), QUIET_S)
-            except TimeoutError:
-                if asked.accepted and loop.time() - asked.heard_at > QUIET_S and await self._ended(session, asked):
-                    self._screen.note("(no plugin answered)")
-                    break
-        self._asked.pop(asked.id, None)
+        """Wait until *asked* has its reply or error, or gets none for sure; True when it got a reply."""
+        answer = asyncio.create_task(asked.done.wait())
+        silence = asyncio.create_task(self._silence(session, asked, wait_s))
+        try:
+            await asyncio.wait({answer, silence}, return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done.is_set():
+                self._screen.note(silence.result())
+        finally:
+            answer.cancel()
+            silence.cancel()
+            await asyncio.gather(answer, silence, return_exceptions=True)
+            self._asked.pop(asked.id, None)
         return asked.done.is_set() and not asked.failed
 
-    async def _ended(self, session: aiohttp.ClientSession, asked: Asked) -> bool:
-        """Whether the turn has ended without a reply. The same id once more gets the first one's answer."""
-        body = {"id": asked.id, "text": asked.text}
-        query = {"wait": f"{QUIET_S:g}", **self._token}
+    async def _silence(self, session: aiohttp.ClientSession, asked: Asked, wait_s: float) -> str:
+        """Return once *asked* has been without a sign for too long, or its turn ended without one: the words for it."""
+        loop = asyncio.get_running_loop()
+        inquired = False
+        while True:
+            await asyncio.sleep(QUIET_S)
+            quiet_s = loop.time() - asked.heard_at
+            if self._ws is None or quiet_s < QUIET_S:
+                continue
+            if quiet_s > wait_s:
+                return f"no answer within {wait_s:g} s; what comes later is shown here"
+            if asked.accepted and not inquired:
+                inquired = True
+                if (ending := await self._inquire(session, asked, wait_s)) is not None:
+                    return ending
+
+    async def _inquire(self, session: aiohttp.ClientSession, asked: Asked, wait_s: float) -> str | None:
+        """Ask how the turn ended: the same id once more gets the first one's answer. None: with a reply, or not yet."""
+        query = {"wait": f"{min(wait_s, 300):g}", **self._token}
         try:
-            async with session.post(self._messages, params=query, json=body) as response:
-                answer = msgspec.json.decode(await response.read())
-                return response.status == 200 and answer.get("replies") == []
-        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError, AttributeError):
-            return False
+            async with session.post(
+                self._messages, params=query, json={"id": asked.id, "text": asked.text}
+            ) as response:
+                answer = msgspec.json.decode(await response.read(), type=dict[str, Any])
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
+            return None
+        if response.status != 200 or answer.get("replies") != []:
+            return None
+        error = answer.get("error")
+        return f"{error.get('message')} ({error.get('code')})" if isinstance(error, dict) else "(no plugin answered)"
 
     # -- hearing ---------------------------------------------------------------------------------------------
 
@@ -229,7 +247,7 @@ class Chat:
             asked.done.set()
 
     def _take_error(self, frame: dict[str, Any], asked: Asked | None) -> None:
-        if asked is None:  # a frame that was not understood has no id to answer to: it is the oldest not accepted
+        if frame.get("to") is None:  # a frame that was not understood answers to no id: it is the oldest not accepted
             asked = next((one for one in self._asked.values() if not one.accepted), None)
         self._screen.problem(frame)
         if asked is not None:

@@ -221,7 +221,7 @@ def _row(plugin: Plugin) -> tuple[Text, ...]:
         Text(one_line(plugin.name), style="bold"),
         _state(plugin),
         Text("-" if plugin.generation is None else str(plugin.generation)),
-        Text(str(plugin.order)),
+        Text("-" if plugin.order is None else str(plugin.order)),
         Text(str(plugin.calls)),
         failures,
         Text(" ".join(plugin.hooks) or "-", style="dim"),
@@ -243,6 +243,10 @@ def _notes(plugin: Plugin) -> list[Text]:
     if plugin.error:
         serving = "" if plugin.generation is None else f"; generation {plugin.generation} goes on serving"
         notes.append(_note(plugin, "red", f"{_failure(plugin)}{serving}"))
+    if plugin.pending:
+        notes.append(_note(plugin, "cyan", f"has changed; it waits for `hotdesk plugins reload {plugin.name}`"))
+    if plugin.waiting_for:
+        notes.append(_note(plugin, "cyan", f"waits for {plugin.waiting_for}, which it requires"))
     lacking = [one for one in plugin.capabilities.asked if one not in plugin.capabilities.granted]
     if lacking and plugin.enabled:
         granted = ", ".join(f'"{one}"' for one in plugin.capabilities.asked)
@@ -285,12 +289,14 @@ def _outcome(action: Action, plugin: Plugin) -> Text:
 def _print_one(plugin: Plugin) -> None:
     console = _console()
     generation = "" if plugin.generation is None else f"  generation {plugin.generation}"
-    console.print(Text.assemble((one_line(plugin.name), "bold"), f" {plugin.version}  ", _state(plugin), generation))
+    console.print(
+        Text.assemble((one_line(plugin.name), "bold"), f" {plugin.version or ''}  ", _state(plugin), generation)
+    )
     for note in _notes(plugin):
         console.print(note)
     facts = [
         ("source", plugin.source or "-"),
-        ("order", f"{plugin.order} ({plugin.order_from})"),
+        ("order", "-" if plugin.order is None else f"{plugin.order} ({plugin.order_from})"),
         ("hooks", " ".join(plugin.hooks) or "-"),
         ("requires", " ".join(plugin.requires) or "-"),
         ("asks for", " ".join(plugin.capabilities.asked) or "-"),

@@ -141,4 +141,4 @@ class Tool(msgspec.Struct, frozen=True):
     name: str
     description: str
     call: Callable[..., Awaitable[Json]]
-    parameters: dict[str, Json] = {"type": "object", "properties": {}}
+    parameters: dict[str, Json] = msgspec.field(default_factory=lambda: {"type": "object", "properties": {}})
