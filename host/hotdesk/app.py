@@ -117,6 +117,7 @@ async def open_host(
             background=background,
             metrics=metrics,
             log=log,
+            log_turns=config.log_level == "debug",
             log_text=config.log_text,
         )
         intake = Intake(

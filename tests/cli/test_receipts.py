@@ -49,7 +49,7 @@ def test_one_turn_is_singular() -> None:
         ({"kind": "plugin_swapped", "plugin": "faq", "receipt": RECEIPT}, receipt_line(RECEIPT)),
         (
             {"kind": "plugin_receipt", "plugin": "faq", "receipt": RECEIPT},
-            "faq 4 first answer 24 ms after the change",
+            "faq 3 → 4 first answer 24 ms after the change, live in 21 ms",
         ),
         (
             {
@@ -70,6 +70,10 @@ def test_one_turn_is_singular() -> None:
         (
             {"kind": "plugin_rolled_back", "plugin": "faq", "from": 5, "to": 4, "message": "KeyError"},
             "faq 5 → 4 rolled back: KeyError",
+        ),
+        (
+            {"kind": "plugin_rolled_back", "plugin": "faq", "from": 5, "to": 6, "message": "rolled back by command"},
+            "faq 5 → 6 rolled back by command",
         ),
         ({"kind": "plugin_unloaded", "plugin": "faq", "generation": 4}, "faq 4 unloaded"),
         ({"kind": "plugin_disabled", "plugin": "faq"}, "faq disabled"),

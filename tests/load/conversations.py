@@ -18,7 +18,7 @@ from tests.load.sources import onion
 
 __all__ = ["fill", "measure"]
 
-RATE = 600
+RATE = 1_000
 FILL_RATE = 2_000
 TEXT = "a refund, please"
 

@@ -14,7 +14,7 @@ from tests.load.sources import onion
 __all__ = ["measure"]
 
 DEPTHS = (0, 1, 10, 50)
-RATE = 500
+RATE = 1_000
 CONVERSATIONS = 1_000
 
 

@@ -66,6 +66,7 @@ class Turns:
         background: Background,
         metrics: Metrics,
         log: Logger,
+        log_turns: bool,
         log_text: bool,
     ) -> None:
         self._active = active
@@ -75,6 +76,7 @@ class Turns:
         self.background = background
         self._metrics = metrics
         self._log = log
+        self._log_turns = log_turns
         self._log_text = log_text
         self._lanes: dict[str, _Lane] = {}
         self._live: dict[tuple[str, str], TurnRun] = {}
@@ -271,21 +273,26 @@ class Turns:
                 self.background.observe_conversation("on_assigned", end.changed)
         if (by := turn.answered_by) is not None and stored and by.generation.first_answer is not None:
             by.generation.first_answer()
-        self._log.debug(
-            "turn_ended",
-            conversation=turn.message.conversation,
-            message=turn.id,
-            plugin=by.generation.plugin if by else None,
-            generation=by.generation.number if by else None,
-            outcome="replied" if stored else outcome,
-            **({"text": turn.message.text} if self._log_text else {}),
-        )
+        if self._log_turns:
+            self._log_turn(turn, "replied" if stored else outcome)
         turn.ended = Ended(stored, error)
         for waiter in turn.waiters or ():
             if not waiter.done():
                 waiter.set_result(turn.ended)
         if turn.watchers is not None:
             turn.watchers.clear()
+
+    def _log_turn(self, turn: TurnRun, outcome: str) -> None:
+        by = turn.answered_by
+        self._log.debug(
+            "turn_ended",
+            conversation=turn.message.conversation,
+            message=turn.id,
+            plugin=by.generation.plugin if by else None,
+            generation=by.generation.number if by else None,
+            outcome=outcome,
+            **({"text": turn.message.text} if self._log_text else {}),
+        )
 
     def _next(self, message: Message, lane: _Lane) -> None:
         del self._live[(message.conversation, message.id)]

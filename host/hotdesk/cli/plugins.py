@@ -271,7 +271,9 @@ def _failure(plugin: Plugin) -> str:
     place = ""
     if error.file and error.file not in message:
         place = f" ({error.file}:{error.line})" if error.line else f" ({error.file})"
-    return (f"failed at {error.step}: " if error.step else "") + message + place
+    # What was rolled back did load; the message says all of it.
+    failed = f"failed at {error.step}: " if error.step and error.step != "probation" else ""
+    return f"{failed}{message}{place}"
 
 
 def _outcome(action: Action, plugin: Plugin) -> Text:

@@ -24,8 +24,7 @@ def receipt_line(receipt: Mapping[str, Any]) -> str:
     What the receipt does not know (no answer yet, nothing to drain) is left out.
     """
     steps: Mapping[str, Any] = receipt.get("steps") or {}
-    old, new = receipt.get("from"), receipt.get("to")
-    head = f"{one_line(receipt.get('plugin', '?'))} {new if old is None else f'{old} → {new}'} live"
+    head = f"{_step(receipt)} live"
     if (total := steps.get("total_ms")) is not None:
         head += f" in {_ms(total)} ms"
     known = [f"{step} {_ms(steps[f'{step}_ms'])}" for step in _STEPS if steps.get(f"{step}_ms") is not None]
@@ -49,6 +48,12 @@ def event_line(event: Mapping[str, Any]) -> str:
 
 def _ms(value: float) -> int:
     return round(value)
+
+
+def _step(change: Mapping[str, Any]) -> str:
+    """`faq 3 → 4`, or `faq 1` where nothing was before."""
+    old, new = change.get("from"), change.get("to")
+    return f"{one_line(change.get('plugin', '?'))} {new if old is None else f'{old} → {new}'}"
 
 
 def _who(event: Mapping[str, Any]) -> str:
@@ -89,15 +94,18 @@ def _failed(event: Mapping[str, Any]) -> str:
 
 
 def _rolled_back(event: Mapping[str, Any]) -> str:
-    old, new = event.get("from"), event.get("to")
-    step = f"{one_line(event.get('plugin', '?'))} {old} → {new}" if old is not None and new is not None else _who(event)
-    return f"{step} rolled back{_why(event)}"
+    step = _who(event) if event.get("to") is None else _step(event)
+    why = _why(event)
+    return f"{step} {why[2:]}" if why.startswith(": rolled back") else f"{step} rolled back{why}"
 
 
 def _first_answer(event: Mapping[str, Any]) -> str:
-    receipt = event.get("receipt") or {}
-    who, first = f"{one_line(receipt.get('plugin', '?'))} {receipt.get('to')}", receipt.get("first_answer_ms")
-    return f"{who} gave its first answer" if first is None else f"{who} first answer {_ms(first)} ms after the change"
+    receipt: Mapping[str, Any] = event.get("receipt") or {}
+    first, total = receipt.get("first_answer_ms"), (receipt.get("steps") or {}).get("total_ms")
+    line = f"{_step(receipt)} first answer"
+    if first is not None:
+        line += f" {_ms(first)} ms after the change"
+    return line if total is None else f"{line}, live in {_ms(total)} ms"
 
 
 def _pending(event: Mapping[str, Any]) -> str:

@@ -107,9 +107,9 @@ class Calls:
                 "was not called: its breaker is open",
             )
         me = object()
-        outer_deadline, outer_call, outer_task = clock.deadline, clock.call, clock.task
+        outer_deadline, outer_call = clock.deadline, clock.call
         generation = slot.generation
-        clock.call, clock.task = me, asyncio.current_task()
+        clock.call = me
         clock.deadline = start + slot.timeout_s
         token = CURRENT.set(generation)
         try:
@@ -131,7 +131,7 @@ class Calls:
         finally:
             CURRENT.reset(token)
             now = monotonic()
-            clock.call, clock.task = outer_call, outer_task
+            clock.call = outer_call
             hook.stats.observe(slot.timeout_s - (clock.deadline - now))  # what further calls took was added back
             clock.deadline = outer_deadline + (now - start)
         if clock.expired is me:
