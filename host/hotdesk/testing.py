@@ -136,7 +136,7 @@ class Desk:
             outcome.set_result(accepted)
 
         def hear(event: Event) -> None:
-            if event.kind == "chunk":
+            if event.kind == "chunk" and isinstance(event.data, dict):
                 chunks.append(event.data["text"])
 
         new = NewMessage(conversation, text, id, Sender(sender), metadata=metadata or {})

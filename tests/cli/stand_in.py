@@ -121,7 +121,10 @@ async def stand_in_desk() -> AsyncIterator[StandIn]:
         return web.json_response({"messages": [], "next": None})
 
     async def post(request: web.Request) -> web.Response:
-        accepted = desk.accept(await request.json())
+        message = await request.json()
+        accepted = desk.accept(message)
+        if message["text"] == "hold":  # its turn goes on, and so does a wait for its end
+            await desk.hold.wait()
         replies = [one for one in desk.record if one.get("to") == accepted["id"]]
         return web.json_response(accepted | {"status": "accepted", "replies": replies})
 
@@ -155,6 +158,9 @@ async def stand_in_desk() -> AsyncIterator[StandIn]:
                 await ws.send_json({"type": "chunk", "to": to, "index": 0, "text": "half of "})
                 desk.reply(to, "half of it and the rest")
                 await ws.close(code=1013, message=b"too slow")
+            case "late":
+                await ws.send_json({"type": "chunk", "to": to, "index": 4, "text": "the end of it"})
+                await ws.send_json(desk.reply(to, "the beginning and the end of it"))
             case "banned":
                 await ws.close(code=1008, message=b"you are banned")
             case "escape":

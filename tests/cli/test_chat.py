@@ -109,6 +109,12 @@ async def test_an_answer_that_begins_anew_is_shown_anew(hotdesk: Hotdesk, stand_
     assert ran.out == "old code\nnew code  [faq 4]\n"
 
 
+async def test_an_answer_whose_beginning_was_missed_is_shown_whole(hotdesk: Hotdesk, stand_in: StandIn) -> None:
+    """Not its end first."""
+    ran = await hotdesk("chat", "--url", stand_in.url, stdin="late\n")
+    assert ran.out == "the beginning and the end of it  [faq 4]\n"
+
+
 # -- on a terminal -----------------------------------------------------------------------------------------
 
 
@@ -118,6 +124,7 @@ class Terminal:
     def __init__(self, process: asyncio.subprocess.Process, fd: int) -> None:
         self.process = process
         self.shown = ""
+        self._waited_for = 0
         self._fd = fd
         self._grown = asyncio.Event()
         asyncio.get_running_loop().add_reader(fd, self._read)
@@ -130,10 +137,12 @@ class Terminal:
         self._grown.set()
 
     async def wait_shown(self, words: str) -> None:
+        """Wait until *words* stand behind those that were waited for before."""
         async with asyncio.timeout(15):
-            while words not in self.shown:
+            while (at := self.shown.find(words, self._waited_for)) < 0:
                 self._grown.clear()
                 await self._grown.wait()
+        self._waited_for = at + len(words)
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
@@ -177,10 +186,11 @@ async def test_a_person_talks_and_leaves(terminal: Terminal, leave: Callable[[Te
     await terminal.wait_shown("› ")
     terminal.type("refund?\r")
     await terminal.wait_shown("you said refund?\x1b[2m  [faq 4]")
-    await terminal.wait_shown("\r\n› ")
+    await terminal.wait_shown("\r\n")
+    await terminal.wait_shown("› ")
     leave(terminal)
     assert await asyncio.wait_for(terminal.process.wait(), 10) == 0
-    await terminal.wait_shown("come back with: hotdesk chat --conversation c")
+    await terminal.wait_shown("\r\n\x1b[2mcome back with: hotdesk chat --conversation c")
     assert "Traceback" not in terminal.shown
     assert "Aborted" not in terminal.shown
 

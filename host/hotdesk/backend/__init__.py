@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-class StoredReply(msgspec.Struct, frozen=True):
+class StoredReply(msgspec.Struct, frozen=True, tag_field="type", tag="reply"):
     """A reply as the record has it. `to` is the id of the message it answers, or None when a plugin spoke first."""
 
     id: str

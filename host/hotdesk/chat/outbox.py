@@ -31,7 +31,7 @@ class Event:
 
     __slots__ = ("_data", "data", "kind", "seq")
 
-    def __init__(self, kind: str, data: dict[str, Any], seq: int = 0) -> None:
+    def __init__(self, kind: str, data: Entry | dict[str, Any], seq: int = 0) -> None:
         self.kind = kind
         self.data = data
         self.seq = seq
@@ -46,7 +46,7 @@ class Event:
 
     @classmethod
     def of(cls, entry: Entry) -> Event:
-        return cls("message" if isinstance(entry, Message) else "reply", public(entry), entry.seq)
+        return cls("message" if isinstance(entry, Message) else "reply", entry, entry.seq)
 
     @classmethod
     def chunk(cls, to: str, index: int, text: str) -> Event:
@@ -56,34 +56,6 @@ class Event:
     def error(cls, to: str | None, code: str, message: str) -> Event:
         data = {"type": "error", "code": code, "message": message}
         return cls("error", data if to is None else data | {"to": to})
-
-
-def public(entry: Entry) -> dict[str, Any]:
-    """An entry as doors show it."""
-    if isinstance(entry, StoredReply):
-        return {
-            "type": "reply",
-            "id": entry.id,
-            "conversation": entry.conversation,
-            "seq": entry.seq,
-            "to": entry.to,
-            "text": entry.text,
-            "plugin": entry.plugin,
-            "generation": entry.generation,
-            "metadata": entry.metadata,
-            "at": entry.at,
-        }
-    return {
-        "type": "message",
-        "id": entry.id,
-        "conversation": entry.conversation,
-        "seq": entry.seq,
-        "text": entry.text,
-        "sender": entry.sender,
-        "attachments": entry.attachments,
-        "metadata": entry.metadata,
-        "at": entry.at,
-    }
 
 
 class Sink(Protocol):

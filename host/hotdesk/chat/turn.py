@@ -138,7 +138,7 @@ class TurnRun:
         self.replaced: str | None = None
         self.final_metadata: dict[str, Any] | None = None
         self.ended: Ended | None = None
-        self.waiters: list[asyncio.Future[Ended]] | None = None
+        self.waiters: list[asyncio.Future[Ended | None]] | None = None
         self.watchers: list[Callable[[Event], None]] | None = None
         self._backend = backend
         self._conversation: ConversationView | None = None
@@ -187,13 +187,17 @@ class TurnRun:
         self.pending = []
         self._conversation = None
 
-    def wait_ended(self) -> asyncio.Future[Ended]:
+    def wait_ended(self) -> asyncio.Future[Ended | None]:
         """Resolves when the turn's end is on disk."""
-        future: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
+        self.tell_end(future)
+        return future
+
+    def tell_end(self, future: asyncio.Future[Ended | None]) -> None:
+        """Have *future* resolved when the turn's end is on disk."""
         if self.ended is not None:
             future.set_result(self.ended)
         elif self.waiters is None:
             self.waiters = [future]
         else:
             self.waiters.append(future)
-        return future

@@ -259,8 +259,10 @@ class Turns:
             "silent" if error is None else {"turn_refused": "refused", "stream_cut": "cut"}.get(error[0], "failed")
         )
         self._outcomes["replied" if stored and error is None else outcome].inc()
+        heard = turn.watchers or self._outbox.listened(turn.message.conversation)
         for reply in stored:
-            self._tell(turn, Event.of(reply))
+            if heard:
+                self._tell(turn, Event.of(reply))
             self.background.observe("on_reply", reply)
             if end.deliver:
                 self.background.deliver(reply, turn.record)

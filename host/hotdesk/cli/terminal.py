@@ -61,10 +61,10 @@ class Lines:
 
         self.prompting = self.interactive
         self._wanted.put(give)
-        try:
-            return await line
-        finally:
-            self.prompting = False
+        text = await line
+        # At the end of the input, or when the wait is given up, the cursor still stands behind the prompt.
+        self.prompting = self.prompting and text is None
+        return text
 
     def typed(self) -> str:
         """What stands behind the prompt and was not sent yet."""
@@ -115,8 +115,11 @@ class Screen:
         self._shown = ""
 
     def chunk(self, message: str, index: int, text: str) -> None:
-        """The next piece of the answer to *message*. Index 0 again: it is being answered anew."""
-        if self._json or self._lines.prompting:
+        """The next piece of the answer to *message*. Index 0 again: it is being answered anew.
+
+        An answer whose beginning went by during a lost connection is shown whole, by its reply.
+        """
+        if self._json or self._lines.prompting or (self._open != message and index != 0):
             return
         if self._open != message:
             self._end_open()
@@ -164,6 +167,7 @@ class Screen:
         """Leave the cursor on a line of its own."""
         self._end_open()
         if self._lines.prompting:
+            self._lines.prompting = False
             self._print("\n")
 
     def _end_open(self) -> None:

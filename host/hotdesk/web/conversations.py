@@ -10,7 +10,7 @@ from aiohttp import web
 
 from ..backend import Backend
 from ..chat.intake import Accepted, Intake, NewMessage
-from ..chat.outbox import Event, Outbox, Reader, public
+from ..chat.outbox import Event, Outbox, Reader
 from ..chat.turn import Ended
 from ..config import Config
 from ..errors import DoorError
@@ -72,36 +72,58 @@ class Conversations:
         self._access.check_rate(new.sender.id or request.remote or "")
         if "text/event-stream" in request.headers.get("Accept", ""):
             return await self._post_stream(request, new)
-        accepted = await self._intake.accept(new, door="http")
+        accepted, ended = await self._say(new, wait)
         body: dict[str, Any] = {
             "id": accepted.id, "conversation": accepted.conversation, "seq": accepted.seq, "status": "accepted",
         }  # fmt: skip
-        if wait is None:
-            return json_response(body, 202)
-        ended = await self._wait(accepted, wait)
         if ended is None:
             return json_response(body, 202)
-        body["replies"] = [public(reply) for reply in ended.replies]
+        body["replies"] = ended.replies
         if ended.error is not None:
             body["error"] = {"code": ended.error[0], "message": ended.error[1]}
         return json_response(body)
 
-    async def _wait(self, accepted: Accepted, wait: float) -> Ended | None:
-        """How the turn ended, or None when the time is up first."""
-        if accepted.turn is None:
-            outcome = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
-            return Ended(outcome.replies) if outcome.ended else None
-        future = accepted.turn.wait_ended()
-        handle = asyncio.get_running_loop().call_later(wait, future.cancel)
+    async def _say(self, new: NewMessage, wait: float | None) -> tuple[Accepted, Ended | None]:
+        """Have *new* accepted, and wait for its turn's end; None for that when the time is up first.
+
+        One future for both: this is the path of every `?wait`, and each wake-up costs it.
+        """
+        if wait is None:
+            return await self._intake.accept(new, door="http"), None
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Ended | None] = loop.create_future()
+        known: list[Accepted] = []
+        late = False
+
+        def told(outcome: Accepted | BaseException) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+                return
+            known.append(outcome)
+            if late or outcome.turn is None:
+                future.set_result(None)
+            else:
+                outcome.turn.tell_end(future)
+
+        def time_is_up() -> None:
+            nonlocal late
+            late = True
+            if known and not future.done():
+                future.set_result(None)
+
+        self._intake.accept_nowait(new, told, door="http")
+        handle = loop.call_later(wait, time_is_up)
         try:
-            return await future
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if future.cancelled() and task is not None and not task.cancelling():
-                return None
-            raise
+            ended = await future
         finally:
             handle.cancel()
+        accepted = known[0]
+        if accepted.turn is None:
+            outcome = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+            return accepted, Ended(outcome.replies) if outcome.ended else None
+        return accepted, ended
 
     async def _post_stream(self, request: web.Request, new: NewMessage) -> web.StreamResponse:
         events: deque[Event | None] = deque()
@@ -172,7 +194,7 @@ class Conversations:
             raise DoorError("conversation_not_found", "nothing was ever said in this conversation")
         more = len(entries) > limit
         shown = entries[:limit]
-        return json_response({"messages": [public(e) for e in shown], "next": shown[-1].seq if more else None})
+        return json_response({"messages": shown, "next": shown[-1].seq if more else None})
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         conversation, _ = self._enter(request)

@@ -42,7 +42,7 @@ class Attachment(msgspec.Struct, frozen=True, omit_defaults=True):
     mime: str | None = None
 
 
-class Message(msgspec.Struct, frozen=True):
+class Message(msgspec.Struct, frozen=True, tag_field="type", tag="message"):
     """One message as it was accepted. `seq` counts from 1 within a conversation, messages and replies together.
 
     `at` is seconds since the Unix epoch.
