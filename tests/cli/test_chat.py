@@ -138,10 +138,13 @@ class Terminal:
 
     async def wait_shown(self, words: str) -> None:
         """Wait until *words* stand behind those that were waited for before."""
-        async with asyncio.timeout(15):
-            while (at := self.shown.find(words, self._waited_for)) < 0:
-                self._grown.clear()
-                await self._grown.wait()
+        try:
+            async with asyncio.timeout(15):
+                while (at := self.shown.find(words, self._waited_for)) < 0:
+                    self._grown.clear()
+                    await self._grown.wait()
+        except TimeoutError:
+            raise AssertionError(f"{words!r} is not behind {self._waited_for} of {self.shown!r}") from None
         self._waited_for = at + len(words)
 
     def type(self, keys: str) -> None:
@@ -201,4 +204,4 @@ async def test_chunks_are_shown_as_they_come(terminal: Terminal, stand_in: Stand
     await terminal.wait_shown("you said ")
     assert "[faq 4]" not in terminal.shown
     stand_in.hold.set()
-    await terminal.wait_shown("you said hold\x1b[2m  [faq 4]")
+    await terminal.wait_shown("hold\x1b[2m  [faq 4]")

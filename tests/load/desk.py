@@ -36,6 +36,12 @@ class Entry(msgspec.Struct, frozen=True):
         return (*self.metadata.get("marks", ()), *_MARK.findall(self.text))
 
 
+class RecordEntry(Entry, frozen=True, kw_only=True):
+    """In the record an entry must say what it is; a reply elsewhere need not."""
+
+    type: str
+
+
 class Taken(msgspec.Struct, frozen=True):
     """The answer to a message: what was accepted, and the replies where somebody waited for them."""
 
@@ -49,7 +55,7 @@ class Taken(msgspec.Struct, frozen=True):
 class Page(msgspec.Struct, frozen=True):
     """A page of the record."""
 
-    messages: list[Entry]
+    messages: list[RecordEntry]
     next: int | None = None
 
 

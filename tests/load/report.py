@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import Any
 
 import msgspec
+import psutil
 import uvloop
 from rich.console import Console
 from rich.table import Table
@@ -97,4 +100,15 @@ def run_main(measure: Measure) -> None:
 
 
 async def _measured(measure: Measure, short: bool) -> list[Figure]:
-    return await measure(short)
+    """The run's figures, and how busy everybody else kept the machine: the figures of a crowded one are not fair."""
+    before, others = perf_counter(), _others_cpu_s()
+    figures = await measure(short)
+    cores = (_others_cpu_s() - others) / (perf_counter() - before)
+    return [*figures, Figure("the machine's other work", max(0.0, cores), "cores")]
+
+
+def _others_cpu_s() -> float:
+    """CPU that the machine has spent, without this process and its children that have ended."""
+    machine, own = psutil.cpu_times(), os.times()
+    busy: float = machine.user + machine.nice + machine.system
+    return busy - own.user - own.system - own.children_user - own.children_system

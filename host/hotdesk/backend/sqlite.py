@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import queue
 import sqlite3
 import threading
 import time
@@ -27,6 +28,8 @@ from .sqlite_schema import migrate
 __all__ = ["SqliteBackend"]
 
 T = TypeVar("T")
+
+_Write = tuple[Callable[[], Any], asyncio.Future[Any]]
 
 GROUP = 512
 """How many writes one commit takes at the most: bounds how long the first of a burst waits for the last."""
@@ -66,8 +69,7 @@ class SqliteBackend:
         self._path = path
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._queue: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
-        self._wake = threading.Condition()
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._stopping = False
         self._warm: dict[str, _Warm] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(2, "hotdesk-read", initializer=self._open_reader)
@@ -100,9 +102,8 @@ class SqliteBackend:
 
     async def aclose(self) -> None:
         """Commit what is queued, and close."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        self._stopping = True
+        self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self._readers.shutdown(wait=True)
         for connection in self._opened:
@@ -113,23 +114,30 @@ class SqliteBackend:
 
     def _submit(self, work: Callable[[], T]) -> asyncio.Future[T]:
         future: asyncio.Future[T] = self._loop.create_future()
-        with self._wake:
-            if self._stopping:
-                future.set_exception(BackendUnavailable(self.url, "the host is stopping"))
-                return future
-            self._queue.append((work, future))
-            if len(self._queue) == 1:
-                self._wake.notify()
+        if self._stopping:
+            future.set_exception(BackendUnavailable(self.url, "the host is stopping"))
+        else:
+            self._queue.put((work, future))
         return future
 
+    def _next_group(self) -> list[_Write]:
+        """Wait for a write, and take what else has come by then; empty when it is time to stop."""
+        group: list[_Write] = []
+        item = self._queue.get()
+        try:
+            while item is not None:
+                group.append(item)
+                if len(group) == GROUP:
+                    return group
+                item = self._queue.get_nowait()
+        except queue.Empty:
+            return group
+        if group:
+            self._queue.put(None)  # the call to stop, for when these are on disk
+        return group
+
     def _write(self) -> None:
-        while True:
-            with self._wake:
-                while not self._queue and not self._stopping:
-                    self._wake.wait()
-                if not self._queue:
-                    return
-                group, self._queue = self._queue[:GROUP], self._queue[GROUP:]
+        while group := self._next_group():
             started = time.perf_counter()
             results = self._commit(group)
             took = time.perf_counter() - started
@@ -138,7 +146,7 @@ class SqliteBackend:
             except RuntimeError:
                 return  # the loop is gone: nobody waits
 
-    def _commit(self, group: list[tuple[Callable[[], Any], asyncio.Future[Any]]]) -> list[Any]:
+    def _commit(self, group: list[_Write]) -> list[Any]:
         """One transaction for all; if that fails, one for each, so that a bad write harms nobody else's."""
         try:
             return self._transact([work for work, _ in group])
@@ -168,7 +176,7 @@ class SqliteBackend:
         return results
 
     def _settle(
-        self, group: list[tuple[Callable[[], Any], asyncio.Future[Any]]], results: list[Any], took: float
+        self, group: list[_Write], results: list[Any], took: float
     ) -> None:
         self._metrics.commits.observe(took)
         self._metrics.commit_rows.inc(len(group))

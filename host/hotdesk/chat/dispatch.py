@@ -6,7 +6,6 @@ and each pull is a call of its own, with the deadline starting anew at each chun
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
@@ -40,12 +39,7 @@ class CallNext:
         if self.called:
             raise RuntimeError("call_next() was called twice; what is further in runs once a turn")
         self.called = True
-        clock = self._turn.clock
-        outer, clock.task = clock.task, asyncio.current_task()  # `wait_for(call_next(), …)` makes a task of its own
-        try:
-            self.result = result = await self._inner(self._turn)
-        finally:
-            clock.task = outer
+        self.result = result = await self._inner(self._turn)
         if result is not None:
             self.chunks = result.chunks
         return result

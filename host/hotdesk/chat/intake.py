@@ -63,6 +63,7 @@ class Intake:
         self._background = background
         self._metrics = metrics
         self._max_turns = max_turns
+        self._loop = asyncio.get_running_loop()
         self._appending = 0
         self._ready = False
         self._stopping = False
@@ -82,7 +83,7 @@ class Intake:
 
     def accept(self, new: NewMessage, *, door: str, channel: str = "") -> asyncio.Future[Accepted]:
         """Keep *new* and begin its turn. Raises `DoorError` at once when it can't be taken; so may the future."""
-        accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        accepted: asyncio.Future[Accepted] = self._loop.create_future()
 
         def told(outcome: Accepted | BaseException) -> None:
             if accepted.done():

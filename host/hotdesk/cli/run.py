@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -23,10 +22,6 @@ from ..logs import configure_logs
 from .receipts import event_line
 
 __all__ = ["run"]
-
-GC_THRESHOLDS = (20_000, 20, 20)
-"""A turn makes some 60 container objects and drops them all by reference count: the default of 700 collects every
-12 turns and finds nothing. Measured: 9 % of the CPU of a turn."""
 
 _QUIET = frozenset({"plugin_swapped"})
 """Told again, and better, by the receipt with its first answer."""
@@ -55,7 +50,6 @@ def run(file: str | None, as_json: bool, plugins: tuple[str, ...], **flags: Any)
     except ConfigError as exc:
         raise click.UsageError(str(exc)) from exc
     configure_logs(config.log_format, config.log_level)
-    gc.set_threshold(*GC_THRESHOLDS)
     runner = asyncio.Runner(loop_factory=_loop_factory())
     try:
         with runner:

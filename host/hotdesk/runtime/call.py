@@ -32,7 +32,7 @@ monotonic = time.monotonic
 class Clock:
     """The running deadline of one task. `abandon` is called once if a call ignores being cancelled."""
 
-    __slots__ = ("abandon", "call", "deadline", "expired", "expired_at", "task")
+    __slots__ = ("abandon", "call", "deadline", "expired", "expired_at", "hit", "task")
 
     def __init__(self, task: asyncio.Task[Any] | None, abandon: Callable[[], None] | None = None) -> None:
         self.task = task
@@ -40,6 +40,8 @@ class Clock:
         self.call: object = None
         self.expired: object = None
         self.expired_at = 0.0
+        self.hit = False
+        """The task was cancelled from here, and that cancellation has not been dealt with."""
         self.abandon = abandon
 
 
@@ -89,6 +91,7 @@ class Calls:
             abandon, clock.abandon = clock.abandon, None
             abandon()
         if clock.task is not None:
+            clock.hit = True
             clock.task.cancel()
 
     async def call(self, slot: Slot, hook: BoundHook, clock: Clock, function: Callable[..., Any], *args: Any) -> Any:
@@ -117,8 +120,8 @@ class Calls:
         except (TurnAborted, CallFailed):
             raise
         except asyncio.CancelledError:
-            if clock.expired is not me:
-                raise
+            if clock.expired is not me and not clock.hit:
+                raise  # from outside: the host stops, or the visitor's turn is given up
             self._uncancel(clock)
             raise self._late(slot, hook, start) from None
         except BaseException as exc:  # the fault wall: SystemExit of a plugin must not end the host either
@@ -160,6 +163,8 @@ class Calls:
         task = asyncio.current_task()
         while task is not None and task.cancelling():
             task.uncancel()
+        if task is clock.task:  # else a middleware awaits this call in a task of its own, and is yet to hear of it
+            clock.hit = False
 
     def _late(self, slot: Slot, hook: BoundHook, start: float) -> CallFailed:
         generation = slot.generation

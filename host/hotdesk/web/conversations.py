@@ -42,6 +42,7 @@ class Conversations:
         self._access = access
         self._metrics = metrics
         self._streams = metrics.connections.labels("sse")
+        self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -90,7 +91,7 @@ class Conversations:
         """
         if wait is None:
             return await self._intake.accept(new, door="http"), None
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         future: asyncio.Future[Ended | None] = loop.create_future()
         known: list[Accepted] = []
         late = False

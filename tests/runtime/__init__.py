@@ -1,0 +1,1 @@
+"""Plugins from the file to the snapshot, held to design sections 3 and 4."""

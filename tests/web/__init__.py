@@ -1,0 +1,1 @@
+"""The doors, from outside: HTTP, server-sent events, WebSocket, webhooks, pages, admin."""
