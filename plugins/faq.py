@@ -8,14 +8,17 @@ import msgspec
 
 from hotdesk_sdk import Ctx, Turn, hookimpl
 
-Keyword = Annotated[str, msgspec.Meta(pattern=r"\S")]
+WORD = re.compile(r"[^\W\u2e80-\U0010ffff]+")
+"""A word of a script with spaces between words. Chinese and its likes, which have none, begin at U+2E80."""
+
+Text = Annotated[str, msgspec.Meta(pattern=r"\S")]
 
 
 class Answer(msgspec.Struct, forbid_unknown_fields=True):
-    """One `[[config.answers]]`. A keyword of a language with spaces matches whole words; a Chinese one, anywhere."""
+    """One `[[config.answers]]`."""
 
-    keywords: Annotated[list[Keyword], msgspec.Meta(min_length=1)]
-    text: Annotated[str, msgspec.Meta(pattern=r"\S")]
+    keywords: Annotated[list[Text], msgspec.Meta(min_length=1)]
+    text: Text
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True):
@@ -24,45 +27,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True):
     answers: list[Answer] = []
 
 
-class Book:
-    """The answers, and one pattern that finds every keyword of them."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.answers = settings.answers
-        self.owners: dict[str, set[int]] = {}
-        for number, answer in enumerate(settings.answers):
-            for keyword in answer.keywords:
-                self.owners.setdefault(fold(keyword), set()).add(number)
-        # The longest first, so that "退货地址" is not read as "退货". (?!) matches nothing.
-        keywords = sorted(self.owners, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(whole_word, keywords)) or "(?!)")
-
-    def find(self, text: str) -> str | None:
-        """The answer with the most keywords in *text*; of equals the one that stands first in the file."""
-        found = set(self.pattern.findall(fold(text)))
-        if not found:
-            return None
-        hits = [number for keyword in found for number in self.owners[keyword]]
-        return self.answers[min(hits, key=lambda number: (-hits.count(number), number))].text
-
-
-def fold(text: str) -> str:
-    """One form for what people take for the same: case, full and half width, runs of spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-LETTER = r"[^\W\u2e80-\U0010ffff]"
-"""A letter or digit of a script with spaces between words; from U+2E80 on come those without."""
-
-
-def whole_word(keyword: str) -> str:
-    """A pattern of *keyword* that does not match inside of a longer word."""
-    before = f"(?<!{LETTER})" if re.match(LETTER, keyword) else ""
-    after = f"(?!{LETTER})" if re.match(LETTER, keyword[-1]) else ""
-    return before + re.escape(keyword) + after
-
-
-book = Book(Settings())
+answers: list[tuple[set[str], str]] = []
 
 
 @hookimpl
@@ -72,12 +37,37 @@ async def setup(ctx: Ctx) -> None:
 
 @hookimpl
 async def configure(config: dict[str, Any]) -> bool:
-    """Check first, then take. What raises here is shown to the operator, and the old answers stay."""
-    global book
-    book = Book(msgspec.convert(config, Settings))
+    """Check everything, then take it. What raises here is shown to the operator, and the old answers stay."""
+    global answers
+    settings = msgspec.convert(config, Settings)
+    answers = [({needle(keyword) for keyword in answer.keywords}, answer.text) for answer in settings.answers]
     return True
 
 
 @hookimpl
 async def respond(turn: Turn) -> str | None:
-    return book.find(turn.text)
+    """The answer with the most keywords in the message; of equals the one that stands first."""
+    text = fold(turn.text)
+    searched = f"{words(text)}\n{text}"
+    hits, answer = 0, None
+    for keywords, given in answers:
+        found = sum(keyword in searched for keyword in keywords)
+        if found > hits:
+            hits, answer = found, given
+    return answer
+
+
+def needle(keyword: str) -> str:
+    """What is looked for: words as whole words, Chinese (or a lone "?") anywhere."""
+    text = fold(keyword).strip()
+    return text if re.search(r"[\u2e80-\U0010ffff]", text) or not WORD.search(text) else words(text)
+
+
+def words(text: str) -> str:
+    """The words of *text*, with one space around each."""
+    return f" {' '.join(WORD.findall(text))} "
+
+
+def fold(text: str) -> str:
+    """One form for what people take for the same: case, full and half width."""
+    return unicodedata.normalize("NFKC", text).casefold()

@@ -1,10 +1,11 @@
 """intent: tells what a conversation is about, by rule. Shows a middleware that notes, tags, and hands over.
 
-The first rule that fits a message gives the conversation its intent; the bots further in find it in
+The first rule that fits a message gives the conversation its intent; plugins further in find it in
 `turn.conversation.state["intent"]`. A message that no rule fits leaves the intent as it was.
 """
 
 import re
+import unicodedata
 from typing import Annotated, Any
 
 import msgspec
@@ -12,11 +13,11 @@ import msgspec
 from hotdesk_sdk import CallNext, Ctx, Reply, Turn, hookimpl
 
 LETTER = r"[^\W\u2e80-\U0010ffff]"
-"""A letter or digit of a script with spaces between words; from U+2E80 on come those without."""
+"""A letter of a script with spaces between words. Chinese and its likes, which have none, begin at U+2E80."""
 
 
 class Rule(msgspec.Struct, forbid_unknown_fields=True):
-    """One `[[config.rules]]`: `keywords` or a regular expression, and what follows from a message that has it."""
+    """One `[[config.rules]]`: `keywords`, a regular expression, or both, and what a message that has one of them does."""
 
     intent: Annotated[str, msgspec.Meta(min_length=1)]
     keywords: list[Annotated[str, msgspec.Meta(pattern=r"\S")]] = []
@@ -26,9 +27,12 @@ class Rule(msgspec.Struct, forbid_unknown_fields=True):
     answer: str | None = None
 
     def compiled(self) -> re.Pattern[str]:
-        parts = [
-            rf"(?<!{LETTER}){word}(?!{LETTER})" if word.isascii() else word for word in map(re.escape, self.keywords)
-        ]
+        """One pattern for all: keywords are found as whole words, those in Chinese anywhere."""
+        keywords = [re.escape(fold(keyword).strip()) for keyword in self.keywords]
+        spaced = "|".join(keyword for keyword in keywords if keyword < "\u2e80")
+        parts = [keyword for keyword in keywords if keyword >= "\u2e80"]
+        if spaced:
+            parts.append(f"(?<!{LETTER})(?:{spaced})(?!{LETTER})")
         if self.pattern:
             parts.append(self.pattern)
         if not parts:
@@ -62,7 +66,8 @@ async def configure(config: dict[str, Any]) -> bool:
 
 @hookimpl
 async def middleware(turn: Turn, call_next: CallNext) -> Reply | None:
-    rule = next((rule for pattern, rule in rules if pattern.search(turn.text)), None)
+    text = fold(turn.text)
+    rule = next((rule for pattern, rule in rules if pattern.search(text)), None)
     if rule is None:
         return await call_next()
     conversation = turn.conversation
@@ -71,3 +76,8 @@ async def middleware(turn: Turn, call_next: CallNext) -> Reply | None:
     if rule.assignee is not None:
         conversation.assignee = rule.assignee
     return await call_next() if rule.answer is None else Reply(rule.answer)
+
+
+def fold(text: str) -> str:
+    """One form for what people take for the same: case, full and half width."""
+    return unicodedata.normalize("NFKC", text).casefold()

@@ -19,6 +19,7 @@ from .app import Host, open_host
 from .backend import StoredReply
 from .chat.intake import Accepted, NewMessage
 from .chat.outbox import Event
+from .chat.turn import Ended
 from .config import Config, PluginSettings
 from .errors import LoadFailed
 from .runtime.entries import Entry
@@ -146,7 +147,7 @@ class Desk:
             past = await self.host.backend.outcome(conversation, accepted.seq, accepted.id)
             return Said(past.replies[0].text if past.replies else "", past.replies, (), None)
         async with asyncio.timeout(timeout):
-            ended = await accepted.turn.wait_ended()
+            ended = await accepted.turn.wait_ended() or Ended(())
         return Said(ended.replies[0].text if ended.replies else "", ended.replies, tuple(chunks), ended.error)
 
     async def webhook(

@@ -71,6 +71,7 @@ class SqliteBackend:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._stopping = False
+        self._db: sqlite3.Connection
         self._warm: dict[str, _Warm] = {}
         self._readers = concurrent.futures.ThreadPoolExecutor(2, "hotdesk-read", initializer=self._open_reader)
         self._local = threading.local()
@@ -175,9 +176,7 @@ class SqliteBackend:
                 del self._warm[name]
         return results
 
-    def _settle(
-        self, group: list[_Write], results: list[Any], took: float
-    ) -> None:
+    def _settle(self, group: list[_Write], results: list[Any], took: float) -> None:
         self._metrics.commits.observe(took)
         self._metrics.commit_rows.inc(len(group))
         for (_, future), result in zip(group, results, strict=True):

@@ -58,7 +58,8 @@ class PythonLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         generation.module_name = name
         self._bundles[name] = bundle
         try:
-            return await _in_thread(lambda: importlib.import_module(name), generation, timeout_s)
+            module: ModuleType = await _in_thread(lambda: importlib.import_module(name), generation, timeout_s)
+            return module
         except TimeoutError:
             self.forget(name)
             raise LoadFailed(generation.plugin, "import", f"importing it took over {timeout_s:g} s") from None

@@ -24,11 +24,11 @@ class Hooks:
     """The specification. Signatures, not implementations: the host awaits each implementation itself."""
 
     @hookspec
-    async def setup(self, ctx: Ctx) -> None:  # type: ignore[empty-body]
+    async def setup(self, ctx: Ctx) -> None:
         """Once a generation, before it serves. Raising refuses the generation."""
 
     @hookspec
-    async def teardown(self, ctx: Ctx) -> None:  # type: ignore[empty-body]
+    async def teardown(self, ctx: Ctx) -> None:
         """Once a generation, after its last turn. What came through `ctx` is undone after this."""
 
     @hookspec
@@ -36,7 +36,7 @@ class Hooks:
         """The config changed. Truthy: taken, no swap. Anything else: the host swaps instead."""
 
     @hookspec
-    async def probe(self, ctx: Ctx) -> None:  # type: ignore[empty-body]
+    async def probe(self, ctx: Ctx) -> None:
         """After setup, before the swap. Raise to refuse the new generation."""
 
     @hookspec
@@ -44,7 +44,7 @@ class Hooks:
         """On a swap, asked of the old generation: JSON-able state for the new one."""
 
     @hookspec
-    async def import_state(self, ctx: Ctx, state: Json, version: str) -> None:  # type: ignore[empty-body]
+    async def import_state(self, ctx: Ctx, state: Json, version: str) -> None:
         """On a swap, given to the new generation: the old one's state, and the old one's manifest version."""
 
     @hookspec
@@ -60,35 +60,35 @@ class Hooks:
         """The answer, or None to leave it to the next bot. An async generator streams."""
 
     @hookspec
-    async def deliver(self, ctx: Ctx, conversation: Conversation, reply: StoredReply) -> None:  # type: ignore[empty-body]
+    async def deliver(self, ctx: Ctx, conversation: Conversation, reply: StoredReply) -> None:
         """A reply in a conversation that this plugin's intake opened, in order. Raise to have it tried again."""
 
     @hookspec
-    async def tools(self, ctx: Ctx) -> list[Tool]:  # type: ignore[empty-body]
+    async def tools(self, ctx: Ctx) -> list[Tool]:
         """Once a generation: functions that the language model may call."""
 
     @hookspec
-    async def routes(self, ctx: Ctx) -> list[Any]:  # type: ignore[empty-body]
+    async def routes(self, ctx: Ctx) -> list[Any]:
         """Once a generation: `(method, path, handler)` below `/p/{plugin}/`; the handler takes an aiohttp request."""
 
     @hookspec
-    async def on_message(self, ctx: Ctx, message: Message) -> None:  # type: ignore[empty-body]
+    async def on_message(self, ctx: Ctx, message: Message) -> None:
         """A message was accepted."""
 
     @hookspec
-    async def on_reply(self, ctx: Ctx, reply: StoredReply) -> None:  # type: ignore[empty-body]
+    async def on_reply(self, ctx: Ctx, reply: StoredReply) -> None:
         """A reply was stored."""
 
     @hookspec
-    async def on_conversation_opened(self, ctx: Ctx, conversation: Conversation) -> None:  # type: ignore[empty-body]
+    async def on_conversation_opened(self, ctx: Ctx, conversation: Conversation) -> None:
         """The first message of a conversation was accepted, or the first after it was closed."""
 
     @hookspec
-    async def on_conversation_closed(self, ctx: Ctx, conversation: Conversation) -> None:  # type: ignore[empty-body]
+    async def on_conversation_closed(self, ctx: Ctx, conversation: Conversation) -> None:
         """A turn closed its conversation."""
 
     @hookspec
-    async def on_assigned(self, ctx: Ctx, conversation: Conversation) -> None:  # type: ignore[empty-body]
+    async def on_assigned(self, ctx: Ctx, conversation: Conversation) -> None:
         """A turn changed `conversation.assignee`."""
 
 
