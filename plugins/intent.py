@@ -12,12 +12,12 @@ import msgspec
 
 from hotdesk_sdk import CallNext, Ctx, Reply, Turn, hookimpl
 
-LETTER = r"[^\W\u2e80-\U0010ffff]"
-"""A letter of a script with spaces between words. Chinese and its likes, which have none, begin at U+2E80."""
+UNSPACED = re.compile(r"([\u2e80-\U0010ffff]+)")
+"""Text in Chinese and the other scripts that have no spaces between words."""
 
 
 class Rule(msgspec.Struct, forbid_unknown_fields=True):
-    """One `[[config.rules]]`: `keywords`, a regular expression, or both, and what a message that has one of them does."""
+    """One `[[config.rules]]`: `keywords`, a regular expression or both, and what a message that has one of them does."""
 
     intent: Annotated[str, msgspec.Meta(min_length=1)]
     keywords: list[Annotated[str, msgspec.Meta(pattern=r"\S")]] = []
@@ -28,11 +28,8 @@ class Rule(msgspec.Struct, forbid_unknown_fields=True):
 
     def compiled(self) -> re.Pattern[str]:
         """One pattern for all: keywords are found as whole words, those in Chinese anywhere."""
-        keywords = [re.escape(fold(keyword).strip()) for keyword in self.keywords]
-        spaced = "|".join(keyword for keyword in keywords if keyword < "\u2e80")
-        parts = [keyword for keyword in keywords if keyword >= "\u2e80"]
-        if spaced:
-            parts.append(f"(?<!{LETTER})(?:{spaced})(?!{LETTER})")
+        keywords = [fold(keyword).strip() for keyword in self.keywords]
+        parts = [re.escape(word) if UNSPACED.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)" for word in keywords]
         if self.pattern:
             parts.append(self.pattern)
         if not parts:
@@ -79,5 +76,6 @@ async def middleware(turn: Turn, call_next: CallNext) -> Reply | None:
 
 
 def fold(text: str) -> str:
-    """One form for what people take for the same: case, full and half width."""
-    return unicodedata.normalize("NFKC", text).casefold()
+    """One form for what people take for the same, and Chinese set off by spaces, so that `\\b` works beside it."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return folded if folded.isascii() else UNSPACED.sub(r" \1 ", folded)

@@ -53,8 +53,8 @@ from .web.wire import Wire
 
 __all__ = ["Host", "open_host"]
 
-HOST_KEYS = "hotdesk"
-"""The name under which the host itself keeps keys beside those of plugins; no plugin can have it without a letter first."""
+HOST_KEYS = "the host"
+"""The name under which the host itself keeps keys beside those of plugins. It is reserved by the space in it."""
 
 PURGE_EVERY_S = 3600.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import os
 import pty
@@ -125,13 +126,14 @@ class Terminal:
         self.process = process
         self.shown = ""
         self._waited_for = 0
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode  # a read may end within a character
         self._fd = fd
         self._grown = asyncio.Event()
         asyncio.get_running_loop().add_reader(fd, self._read)
 
     def _read(self) -> None:
         try:
-            self.shown += os.read(self._fd, 65536).decode(errors="replace")
+            self.shown += self._decode(os.read(self._fd, 65536))
         except OSError:  # how a pseudo-terminal says that the other side is gone
             asyncio.get_running_loop().remove_reader(self._fd)
         self._grown.set()

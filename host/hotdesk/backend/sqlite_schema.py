@@ -51,7 +51,7 @@ def migrate(db: sqlite3.Connection, url: str) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise BackendError(
-            f"backend {url}: its schema is version {version}, this hotdesk knows {len(MIGRATIONS)}; use the newer hotdesk"
+            f"backend {url}: its schema is version {version}, this hotdesk knows {len(MIGRATIONS)}; use the newer one"
         )
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version={number}; COMMIT;")

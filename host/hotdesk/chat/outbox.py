@@ -14,7 +14,7 @@ import msgspec
 
 from hotdesk_sdk import Message
 
-from ..backend import Backend, Entry, StoredReply
+from ..backend import Backend, Entry
 from ..errors import BackendUnavailable
 from ..runtime.guards import host_task
 

@@ -234,8 +234,8 @@ class Turns:
             generation = by.generation
             replies = (
                 StoredReply(
-                    new_id("r"), message.conversation, 0, message.id, text, generation.plugin, generation.number, metadata,
-                    time.time(),
+                    new_id("r"), message.conversation, 0, message.id, text, generation.plugin, generation.number,
+                    metadata, time.time(),
                 ),
             )  # fmt: skip
         deliver = bool(replies) and self.background.delivers(turn.record.channel)

@@ -26,8 +26,8 @@ _EPILOG = """\b
 Examples:
   hotdesk init desk && cd desk && hotdesk run    a desk of your own, serving
   hotdesk chat                                   talk to it
-  hotdesk new faq --kind bot                     plugins/faq/: saved is live
-  hotdesk check plugins/faq                      what does it hook and ask for?
+  hotdesk new hours --kind bot                   plugins/hours/: saved is live
+  hotdesk check plugins/hours                    what does it hook and ask for?
   hotdesk plugins                                what serves, in which generation
   hotdesk plugins rollback faq                   back to the last one that worked
   hotdesk plugins --json | jq '.plugins[].name'  for scripts

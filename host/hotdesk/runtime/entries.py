@@ -1,4 +1,4 @@
-"""What the host knows of each plugin by name: its source, the generation that serves, the ones kept, what went wrong."""
+"""What the host knows of each plugin by name: its source, what serves, what is kept, what went wrong."""
 
 from __future__ import annotations
 

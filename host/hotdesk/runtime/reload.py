@@ -32,10 +32,10 @@ from .watch import Watch
 __all__ = ["NothingToRollBackTo", "Plugins"]
 
 SETTINGS_POLL_S = 0.25
-"""How often the settings file is looked at. Its folder often holds the data folder too, whose events would flood a watch."""
+"""How often the settings file is looked at. Its folder often holds the data folder, whose events would flood us."""
 
 MAX_UNPROVEN = 2
-"""A plugin's next generation is not loaded while more old ones than this are not proven gone: a collection comes first."""
+"""While more old generations than this are not proven gone, a collection comes before the next load."""
 
 
 class NothingToRollBackTo(HotdeskError):

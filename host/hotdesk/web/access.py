@@ -7,7 +7,6 @@ import hmac
 import secrets
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import jwt
 import msgspec
@@ -19,7 +18,7 @@ from ..errors import BackendError, ConfigError, DoorError
 __all__ = ["Access", "Visitor"]
 
 MAX_BUCKETS = 50_000
-"""Senders whose rate is remembered; beyond it the ones that have their full allowance again are forgotten."""
+"""Senders whose rate is remembered; beyond it the ones with their full allowance are forgotten, then the oldest."""
 
 
 class Visitor(msgspec.Struct, frozen=True):
@@ -51,7 +50,8 @@ class Access:
             return None
         if origin.lower() in self._origins or "*" in self._origins:
             return origin
-        if urlsplit(origin).netloc.lower() == request.headers.get("Host", "").lower():
+        host = request.headers.get("Host", "").lower()
+        if host and origin.lower().partition("://")[2] == host:
             return origin
         raise DoorError(
             "origin_not_allowed", f"pages of {origin[:100]} may not speak here", "the setting is allowed_origins"
@@ -83,7 +83,7 @@ class Access:
     def _verify(self, token: str, conversation: str) -> Visitor:
         try:
             claims = jwt.decode(token, self._secret, algorithms=["HS256"], options={"require": ["exp", "sub", "conv"]})
-        except jwt.PyJWTError as exc:
+        except (jwt.PyJWTError, ValueError) as exc:  # ValueError: bytes that are no text at all
             raise DoorError("unauthorized", f"the visitor token can't be used: {exc}") from None
         if claims["conv"] != conversation:
             raise DoorError("forbidden", "the visitor token is for another conversation")
@@ -113,6 +113,8 @@ class Access:
         if len(self._buckets) > MAX_BUCKETS:
             full = now - burst / per_second
             self._buckets = {who: row for who, row in self._buckets.items() if row[1] > full}
+            for who in list(self._buckets)[: len(self._buckets) - MAX_BUCKETS // 2]:
+                del self._buckets[who]  # half at once, or a crowd of new senders would have each message look at all
 
     # -- the operator ----------------------------------------------------------------------------------------
 

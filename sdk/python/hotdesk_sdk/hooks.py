@@ -53,7 +53,7 @@ class Hooks:
 
     @hookspec
     async def middleware(self, ctx: Ctx, turn: Turn, call_next: CallNext) -> Reply | str | None:
-        """Around every turn, outermost first. Return what `await call_next()` gave, or a reply of one's own, or None."""
+        """Around every turn, outermost first. Return what `await call_next()` gave, a reply of one's own, or None."""
 
     @hookspec
     async def respond(self, ctx: Ctx, turn: Turn) -> str | Reply | AsyncIterator[str] | None:
@@ -64,11 +64,11 @@ class Hooks:
         """A reply in a conversation that this plugin's intake opened, in order. Raise to have it tried again."""
 
     @hookspec
-    async def tools(self, ctx: Ctx) -> list[Tool]:
+    async def tools(self, ctx: Ctx) -> list[Tool]:  # type: ignore[empty-body]
         """Once a generation: functions that the language model may call."""
 
     @hookspec
-    async def routes(self, ctx: Ctx) -> list[Any]:
+    async def routes(self, ctx: Ctx) -> list[Any]:  # type: ignore[empty-body]
         """Once a generation: `(method, path, handler)` below `/p/{plugin}/`; the handler takes an aiohttp request."""
 
     @hookspec

@@ -1,0 +1,97 @@
+"""The README is a session that runs: every `$` line in order, its output compared, `…` standing for anything."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ADMIN_TOKEN, StartDesk, wait_until
+
+ROOT = Path(__file__).parents[2]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+
+
+def steps(block: str) -> list[tuple[str, str]]:
+    """The commands of a console block, each with the output that is shown under it."""
+    found: list[tuple[str, str]] = []
+    heredoc = ""
+    for line in block.splitlines():
+        if line.startswith("$ ") and not heredoc:
+            found.append((line[2:], ""))
+            if match := re.search(r"<<'(\w+)'$", line):
+                heredoc = match[1]
+        elif heredoc:
+            found[-1] = (found[-1][0] + "\n" + line, "")
+            heredoc = "" if line == heredoc else heredoc
+        else:
+            found[-1] = (found[-1][0], found[-1][1] + line + "\n")
+    return found
+
+
+def matches(shown: str, real: str) -> bool:
+    pattern = ".*".join(re.escape(part) for part in shown.strip().split("…"))
+    return re.fullmatch(pattern, real.strip(), re.S) is not None
+
+
+async def test_the_readme_runs(start_desk: StartDesk, tmp_path: Path) -> None:
+    """Somebody who types what the README says sees what it shows."""
+    plugins = tmp_path / "plugins"
+    shutil.copytree(ROOT / "plugins", plugins, ignore=shutil.ignore_patterns("__pycache__"))
+    desk = await start_desk(folder=plugins)
+    blocks = [body for language, body in FENCE.findall((ROOT / "README.md").read_text()) if language == "console"]
+    assert blocks
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOTDESK_URL": desk.url,
+        "HOTDESK_ADMIN_TOKEN": ADMIN_TOKEN,
+    }
+    for command, shown in [step for block in blocks for step in steps(block)]:
+        if command.startswith("export "):
+            continue
+        changes = "plugins/" in command
+        seen = sum(len(e.kept) + (e.problem is not None) + e.last_number for e in desk.host.plugins.entries)
+        process = await asyncio.create_subprocess_shell(
+            command.replace("http://127.0.0.1:8080", desk.url),
+            cwd=tmp_path,
+            env=environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        out, _ = await process.communicate()
+        assert matches(shown, out.decode()), f"$ {command}\n{out.decode()}\n-- the README shows:\n{shown}"
+        if changes:
+            await wait_until(
+                lambda seen=seen: (
+                    sum(len(e.kept) + (e.problem is not None) + e.last_number for e in desk.host.plugins.entries) != seen
+                ),
+                f"the change of {command!r} to be taken or refused",
+            )
+
+
+def test_the_commands_of_the_readmes_are_there() -> None:
+    """Every `make` target that a README names exists."""
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    for readme in ROOT.glob("**/README.md"):
+        if ".venv" not in readme.parts:
+            named = set(re.findall(r"^    make (\w+)|`make (\w+)`", readme.read_text(), re.M))
+            assert {a or b for a, b in named} <= targets, readme
+
+
+def test_ci_says_make_test_like_the_readme() -> None:
+    """CI runs the tests with the same words as the README."""
+    assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.M)
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("readme", ["README.md", "plugins/README.md", "host/README.md", "sdk/python/README.md"])
+def test_links_lead_somewhere(readme: str) -> None:
+    """Every relative link of a README leads to a file."""
+    path = ROOT / readme
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{readme}: {target}"
