@@ -113,8 +113,8 @@ class Access:
         if len(self._buckets) > MAX_BUCKETS:
             full = now - burst / per_second
             self._buckets = {who: row for who, row in self._buckets.items() if row[1] > full}
-            for who in list(self._buckets)[: len(self._buckets) - MAX_BUCKETS // 2]:
-                del self._buckets[who]  # half at once, or a crowd of new senders would have each message look at all
+            if len(self._buckets) > MAX_BUCKETS:  # half at once, or each message of a crowd would look at all of it
+                self._buckets = dict(list(self._buckets.items())[MAX_BUCKETS // 2 :])
 
     # -- the operator ----------------------------------------------------------------------------------------
 

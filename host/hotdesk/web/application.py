@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
@@ -37,7 +38,8 @@ class Doors:
 def make_application(config: Config, doors: Doors) -> web.Application:
     """The routes of design section 2. The router freezes at start, so what plugins add has one catch-all each."""
     app = web.Application(client_max_size=config.max_body_bytes)
-    door, refuse, add = doors.wire.door, doors.wire.not_allowed, app.router.add_route
+    door, refuse = doors.wire.door, doors.wire.not_allowed
+    add = partial(app.router.add_route, expect_handler=doors.wire.expect)
     table = {
         "/v1/conversations/{c}/messages": {"POST": doors.conversations.post, "GET": doors.conversations.record},
         "/v1/conversations/{c}/events": {"GET": doors.conversations.events},

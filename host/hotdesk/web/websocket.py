@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -14,12 +15,12 @@ from ..backend import Backend
 from ..chat.intake import Accepted, Intake, NewMessage
 from ..chat.outbox import Event, Outbox, Reader
 from ..config import Config
-from ..errors import DoorError
+from ..errors import BackendUnavailable, DoorError
 from ..metrics import Metrics
 from ..runtime.guards import host_task
 from .access import Access, Visitor
 from .conversations import MAX_SEQ
-from .wire import MessageBody, Wire, conversation_of, decode, integer, to_message
+from .wire import MessageBody, Wire, check_url, conversation_of, decode, integer, to_message
 
 __all__ = ["WebSockets"]
 
@@ -27,8 +28,20 @@ COME_BACK = WSCloseCode.TRY_AGAIN_LATER
 """1013: the close code of a reader that fell too far behind; it resumes with `after=`."""
 
 PING_S = 30.0
+CLOSE_S = 2.0
+"""How long a visitor has to take its close frame."""
+
 PONG = b'{"type":"pong"}'
 BINARY = "frames are text, with JSON in them"
+STALL_S = 20.0
+"""A reader that takes nothing of what it missed for this long is closed; it resumes with `after=`."""
+
+BROKEN = {
+    WSCloseCode.PROTOCOL_ERROR: ("bad_json", "the frame breaks the WebSocket protocol"),
+    WSCloseCode.INVALID_TEXT: ("bad_json", "the frame is not UTF-8"),
+    WSCloseCode.MESSAGE_TOO_BIG: ("too_large", "the frame is over its limit; the setting is max_body_bytes"),
+}
+"""Close codes that aiohttp gives a visitor who broke the protocol, and what an error frame says before."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -69,6 +82,7 @@ class WebSockets:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self._access.check_origin(request)
+        check_url(request)
         name = request.query.get("conversation")
         if name is None:
             raise DoorError("bad_parameter", "conversation is missing", "GET /v1/ws?conversation=C")
@@ -77,13 +91,13 @@ class WebSockets:
         after = integer(request.query, "after", None, 0, MAX_SEQ)
         if not self._intake.ready:
             raise DoorError("stopping", "the host is not ready to take messages", retry_after_s=1)
-        ws = web.WebSocketResponse(
+        ws = _Socket(
             compress=False, max_msg_size=self._config.max_body_bytes, heartbeat=PING_S, decode_text=False
         )
         if not ws.can_prepare(request).ok:
             raise DoorError("bad_parameter", "this path is a WebSocket; send an Upgrade request")
         await ws.prepare(request)
-        session = _Session(self, ws, request, conversation, visitor)
+        session = ws.session = _Session(self, ws, request, conversation, visitor)
         self._sessions.add(session)
         leave = self._outbox.join(Reader(conversation, after, messages=False, sink=session, backend=self._backend))
         try:
@@ -95,10 +109,18 @@ class WebSockets:
 
     async def aclose(self) -> None:
         """Close every connection with 1012, "service restart": come back."""
-        await asyncio.gather(
-            *(s.ws.close(code=WSCloseCode.SERVICE_RESTART, message=b"come back") for s in list(self._sessions)),
-            return_exceptions=True,
-        )
+        await asyncio.gather(*(s.aclose(WSCloseCode.SERVICE_RESTART, b"come back") for s in list(self._sessions)))
+
+
+class _Socket(web.WebSocketResponse[Literal[False]]):
+    """aiohttp closes for whoever breaks the protocol; here an error frame says so first."""
+
+    session: _Session | None = None
+
+    async def close(self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = True) -> bool:
+        if code in BROKEN and self.session is not None:
+            self.session.refuse(DoorError(*BROKEN[WSCloseCode(code)]), None)
+        return await super().close(code=code, message=message, drain=drain)
 
 
 class _Session:
@@ -109,7 +131,7 @@ class _Session:
     def __init__(
         self,
         door: WebSockets,
-        ws: web.WebSocketResponse,
+        ws: _Socket,
         request: web.Request,
         conversation: str,
         visitor: Visitor | None,
@@ -126,8 +148,14 @@ class _Session:
         self._write(event.frame)
 
     def _write(self, data: bytes) -> None:
-        """Hand *data* to the socket without waiting; a reader that is too far behind is closed, resumably."""
+        """Hand *data* to the socket without waiting; a reader that is too far behind is closed, resumably.
+
+        Too far is judged by what was sent before: one reply over the bound alone still reaches whoever reads.
+        """
         if self._closing or self.ws.closed:
+            return
+        if self._transport.get_write_buffer_size() > self._door._config.max_buffer_bytes:
+            self._fall_behind()
             return
         sending = self.ws.send_frame(data, WSMsgType.TEXT)
         try:
@@ -139,15 +167,21 @@ class _Session:
             return
         else:
             sending.close()
-        if self._transport.get_write_buffer_size() > self._door._config.max_buffer_bytes:
-            self._closing = True
-            self._door._metrics.slow_readers.labels("websocket").inc()
-            self._transport.abort() if self._transport.is_closing() else host_task(self._come_back())
 
-    async def _come_back(self) -> None:
+    def _fall_behind(self) -> None:
+        self._closing = True
+        self._door._metrics.slow_readers.labels("websocket").inc()
+        if self._transport.is_closing():
+            self._transport.abort()
+        else:
+            host_task(self.aclose(COME_BACK, b"come back with after="))
+
+    async def aclose(self, code: WSCloseCode, message: bytes) -> None:
+        """Close with *code*; the connection is cut if the visitor does not take it."""
+        self._closing = True
         try:
-            async with asyncio.timeout(2.0):
-                await self.ws.close(code=COME_BACK, message=b"come back with after=")
+            async with asyncio.timeout(CLOSE_S):
+                await self.ws.close(code=code, message=message)
         except (TimeoutError, ConnectionError):
             pass
         if not self._transport.is_closing():
@@ -155,8 +189,12 @@ class _Session:
 
     async def drain(self) -> None:
         half = self._door._config.max_buffer_bytes // 2
+        wait_s, until = 0.005, time.monotonic() + STALL_S
         while not self._closing and self._transport.get_write_buffer_size() > half:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+            if time.monotonic() > until:
+                self._fall_behind()
+            await asyncio.sleep(wait_s)
+            wait_s = min(0.5, wait_s * 1.5)
 
     async def run(self) -> None:
         while True:
@@ -165,10 +203,10 @@ class _Session:
             if kind is WSMsgType.TEXT:
                 try:
                     self._take(message.data)
-                except DoorError as exc:
-                    self._refuse(exc, None)
+                except Exception as exc:  # the wall of a door; the connection goes on
+                    self.refuse(self._door._wire.as_door_error(exc, "websocket"), None)
             elif kind is WSMsgType.BINARY:
-                self._refuse(DoorError("bad_json", BINARY), None)
+                self.refuse(DoorError("bad_json", BINARY), None)
             else:
                 return
 
@@ -190,11 +228,11 @@ class _Session:
             self._door._access.check_rate(new.sender.id or self._remote)
             self._door._intake.accept_nowait(new, partial(self._accepted, frame.id), door="websocket")
         except DoorError as exc:
-            self._refuse(exc, frame.id)
+            self.refuse(exc, frame.id)
 
     def _accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
         if isinstance(outcome, BaseException):
-            self._refuse(self._door._wire.as_door_error(outcome, "websocket"), given)
+            self.refuse(self._door._wire.as_door_error(outcome, "websocket"), given)
             return
         self._write(_encode({"type": "accepted", "id": outcome.id, "seq": outcome.seq}))
         if outcome.duplicate and outcome.turn is None:
@@ -202,10 +240,14 @@ class _Session:
 
     async def _repeat(self, accepted: Accepted) -> None:
         """A message that was answered before: its answer again."""
-        past = await self._door._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+        try:
+            past = await self._door._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+        except BackendUnavailable as exc:
+            self.refuse(self._door._wire.as_door_error(exc, "websocket"), accepted.id)
+            return
         for reply in past.replies:
             self._write(Event.of(reply).frame)
 
-    def _refuse(self, exc: DoorError, to: str | None) -> None:
+    def refuse(self, exc: DoorError, to: str | None) -> None:
         self._door._metrics.errors.labels(exc.code).inc()
         self._write(Event.error(to, exc.code, exc.message).frame)

@@ -166,7 +166,9 @@ class Wire:
 
     def error(self, exc: DoorError) -> web.Response:
         self._metrics.errors.labels(exc.code).inc()
-        response = json_response({"error": exc.body()}, exc.status)
+        body = exc.body()
+        body["message"] = exc.message.encode("utf-8", "replace").decode()  # a header's bytes may be in it
+        response = json_response({"error": body}, exc.status)
         if exc.retry_after_s is not None:
             response.headers["Retry-After"] = str(exc.retry_after_s)
         response.headers.update(exc.headers)
