@@ -17,7 +17,7 @@ UNSPACED = re.compile(r"([\u2e80-\U0010ffff]+)")
 
 
 class Rule(msgspec.Struct, forbid_unknown_fields=True):
-    """One `[[config.rules]]`: `keywords`, a regular expression or both, and what a message that has one of them does."""
+    """One `[[config.rules]]`: `keywords`, a regular expression or both, and what a message that fits brings about."""
 
     intent: Annotated[str, msgspec.Meta(min_length=1)]
     keywords: list[Annotated[str, msgspec.Meta(pattern=r"\S")]] = []

@@ -77,9 +77,14 @@ class Host:
 
 @contextlib.asynccontextmanager
 async def open_host(
-    config: Config, *, listen: Callable[[dict[str, Any]], None] | None = None, serve: bool = True
+    config: Config,
+    *,
+    listen: Callable[[dict[str, Any]], None] | None = None,
+    log_events: bool = True,
+    serve: bool = True,
 ) -> AsyncIterator[Host]:
-    """Run a host while the context is open. *listen* hears every plugin event; *serve* False opens no port.
+    """Run a host while the context is open. *listen* hears every plugin event, which the log has too
+    unless *log_events* is False; *serve* False opens no port.
 
     Raises `ConfigError` or `BackendError` when it can't start. Leaving the context stops taking messages, lets
     what runs finish within `stop_timeout_s`, and leaves the rest in the journal.
@@ -89,7 +94,7 @@ async def open_host(
     for collector in (GCCollector, PlatformCollector, ProcessCollector):
         collector(registry=registry)
     metrics = Metrics(registry)
-    events = Events(log)
+    events = Events(log if log_events else None)
     if listen is not None:
         events.listen(listen)
     async with contextlib.AsyncExitStack() as stack:

@@ -8,15 +8,14 @@ from typing import Any
 
 import structlog
 
-__all__ = ["Logger", "configure_logs", "get_log"]
+__all__ = ["Logger", "configure_logs", "get_log", "logs_are_for_people"]
 
 Logger = Any
 
 
 def configure_logs(format: str, level: str) -> None:
     """Set structlog up for the process. `auto` is console on a terminal and JSON elsewhere."""
-    if format == "auto":
-        format = "console" if sys.stderr.isatty() else "json"
+    format = "console" if logs_are_for_people(format) else "json"
     renderer: Any = (
         structlog.dev.ConsoleRenderer(pad_event_to=24) if format == "console" else structlog.processors.JSONRenderer()
     )
@@ -33,6 +32,11 @@ def configure_logs(format: str, level: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def logs_are_for_people(format: str) -> bool:
+    """Whether lines go to a terminal rather than to a machine."""
+    return format == "console" or (format == "auto" and sys.stderr.isatty())
 
 
 def get_log(**fields: object) -> Logger:

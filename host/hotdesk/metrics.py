@@ -35,6 +35,10 @@ BUCKETS_S = (
 )
 
 
+LIFECYCLE = frozenset({"setup", "teardown", "configure", "probe", "export_state", "import_state", "tools"})
+"""Hooks that are called for a generation and not for what visitors do."""
+
+
 class CallStats:
     """The calls of one hook of one plugin, over all its generations. Not thread-safe: the loop's own."""
 
@@ -161,8 +165,10 @@ class Metrics:
         self._observed.gauges[name] = (text, read)
 
     def calls(self, plugin: str) -> tuple[int, int]:
-        """How many calls into *plugin* there were, and how many failed."""
-        rows = [stats for (name, _), stats in self._observed.calls.items() if name == plugin]
+        """How many calls into *plugin* there were for messages and requests, and how many failed."""
+        rows = [
+            stats for (name, hook), stats in self._observed.calls.items() if name == plugin and hook not in LIFECYCLE
+        ]
         return sum(row.count for row in rows), sum(row.failures for row in rows)
 
     def forget(self, plugin: str) -> None:

@@ -82,6 +82,10 @@ def test_one_turn_is_singular() -> None:
             {"kind": "plugin_leftover", "plugin": "faq", "generation": 4, "leftovers": ["task x", "thread y"]},
             "faq 4 left behind: task x, thread y",
         ),
+        (
+            {"kind": "capability_denied", "plugin": "faq", "generation": 2, "capability": "kv"},
+            "faq 2 used kv, which it was not granted or did not ask for",
+        ),
         ({"kind": "loop_stalled", "plugin": "faq", "ms": 240.2}, "faq held the event loop for 240 ms"),
         ({"kind": "loop_stalled", "plugin": None, "ms": 240.2}, "something held the event loop for 240 ms"),
         (

@@ -84,7 +84,9 @@ async def exchange(url: str, data: bytes) -> Answer:
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
     head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 15)).decode("latin-1")
     first, *lines = head.split("\r\n")
-    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+    headers = {
+        name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)
+    }
     body = b""
     if length := int(headers.get("content-length", "0")):
         body = await asyncio.wait_for(reader.readexactly(length), 15)

@@ -93,12 +93,16 @@ class SqliteBackend:
             raise BackendError(f"SQLite is {sqlite3.sqlite_version}; hotdesk needs 3.35 or newer")
         Path(self._path).parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, cached_statements=64)
-        db.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA cache_size=-65536")
-        db.execute("PRAGMA wal_autocheckpoint=4000")
-        migrate(db, self.url)
+        try:
+            db.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA cache_size=-65536")
+            db.execute("PRAGMA wal_autocheckpoint=4000")
+            migrate(db, self.url)
+        except BaseException:
+            db.close()
+            raise
         return db
 
     async def aclose(self) -> None:
@@ -162,6 +166,8 @@ class SqliteBackend:
 
     def _transact(self, works: list[Callable[[], Any]]) -> list[Any]:
         db = self._db
+        if db.in_transaction:  # the rollback before failed too
+            db.execute("ROLLBACK")
         db.execute("BEGIN IMMEDIATE")
         try:
             results = [work() for work in works]
@@ -359,6 +365,8 @@ class SqliteBackend:
 
         try:
             return await self._loop.run_in_executor(self._readers, run)
+        except msgspec.DecodeError as exc:
+            raise BackendUnavailable(self.url, f"a row is damaged ({exc}); restore a backup of the file") from exc
         except (sqlite3.Error, concurrent.futures.BrokenExecutor, RuntimeError) as exc:
             raise BackendUnavailable(self.url, _explain(exc)) from exc
 

@@ -14,11 +14,12 @@ from hotdesk_sdk import Reply
 from ..errors import CallFailed, TurnAborted
 from ..runtime.active import BoundHook, Slot, Snapshot
 from ..runtime.call import Calls
-from .turn import TurnRun
+from .turn import TurnRun, as_text
 
 __all__ = ["Dispatch"]
 
-Run = Callable[[TurnRun], Coroutine[Any, Any, Reply | None]]
+Run = Callable[[TurnRun, "CallNext | None"], Coroutine[Any, Any, Reply | None]]
+"""A layer of the onion. It tells its result to the `CallNext` that led to it, so that one needs no frame of its own."""
 
 _END = object()
 
@@ -35,14 +36,16 @@ class CallNext:
         self.result: Reply | None = None
         self.chunks: AsyncIterator[str] | None = None
 
-    async def __call__(self, turn: Any = None, /) -> Reply | None:
+    def __call__(self, turn: Any = None, /) -> Coroutine[Any, Any, Reply | None]:
         if self.called:
             raise RuntimeError("call_next() was called twice; what is further in runs once a turn")
         self.called = True
-        self.result = result = await self._inner(self._turn)
+        return self._inner(self._turn, self)
+
+    def tell(self, result: Reply | None) -> None:
+        self.result = result
         if result is not None:
             self.chunks = result.chunks
-        return result
 
 
 class _Driver:
@@ -114,7 +117,7 @@ class Dispatch:
     def _layer(self, slot: Slot, hook: BoundHook, inner: Run) -> Run:
         call, function = self._calls.call, hook.call
 
-        async def layer(turn: TurnRun) -> Reply | None:
+        async def layer(turn: TurnRun, outer: CallNext | None = None) -> Reply | None:
             call_next = CallNext(turn, inner)
             try:
                 given = await call(slot, hook, turn.clock, function, turn, call_next)
@@ -124,15 +127,17 @@ class Dispatch:
                         turn.answered_by = slot
             except CallFailed as failure:
                 turn.note_failure(slot, failure)
-                return call_next.result if call_next.called else await inner(turn)
+                given = call_next.result if call_next.called else await inner(turn, call_next)
             if given is not None and given.chunks is not None and given.chunks is not call_next.chunks:
                 given.chunks = self._guarded(slot, hook, turn, given.chunks)
+            if outer is not None:
+                outer.tell(given)
             return given  # type: ignore[no-any-return]
 
         return layer
 
     def _responders(self, bots: tuple[tuple[Slot, BoundHook], ...]) -> Run:
-        async def respond(turn: TurnRun) -> Reply | None:
+        async def respond(turn: TurnRun, outer: CallNext | None = None) -> Reply | None:
             for slot, hook in bots:
                 try:
                     reply = await self._ask(slot, hook, turn)
@@ -141,6 +146,8 @@ class Dispatch:
                     continue
                 if reply is not None:
                     turn.answered_by = slot
+                    if outer is not None:
+                        outer.tell(reply)
                     return reply
             return None
 
@@ -216,9 +223,7 @@ class Dispatch:
 
         try:
             while (chunk := await self._calls.call(slot, hook, turn.clock, pull)) is not _END:
-                if not isinstance(chunk, str):
-                    raise self._calls.refuse(slot, hook, f"streamed a {type(chunk).__name__}; chunks are text")
-                if chunk:
+                if self._text(slot, hook, chunk, "a chunk"):
                     yield chunk
         finally:
             close: Callable[[], Awaitable[None]] | None = getattr(iterator, "aclose", None)
@@ -229,10 +234,13 @@ class Dispatch:
                     pass  # it is being pulled from elsewhere, or ends by itself
 
     def _reply(self, slot: Slot, hook: BoundHook, given: Any) -> Reply | None:
-        if given is None or isinstance(given, Reply):
-            return given
+        if given is None:
+            return None
         if isinstance(given, str):
-            return Reply(given)
+            return Reply(self._text(slot, hook, given, "a reply"))
+        if isinstance(given, Reply):
+            self._text(slot, hook, given.text, "a reply's text")
+            return given
         if hasattr(given, "__aiter__"):
             return Reply(chunks=given)
         raise self._calls.refuse(
@@ -240,6 +248,12 @@ class Dispatch:
             hook,
             f"returned a {type(given).__name__}; it may return text, a Reply, chunks of text, or None",
         )
+
+    def _text(self, slot: Slot, hook: BoundHook, given: Any, what: str) -> str:
+        try:
+            return as_text(given, what)
+        except (TypeError, ValueError) as exc:
+            raise self._calls.refuse(slot, hook, f"gave what can't be said: {exc}") from None
 
 
 async def _with_first(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -110,7 +110,6 @@ class Intake:
         counter = self._doors.get(door)
         if counter is None:
             counter = self._doors[door] = self._metrics.messages.labels(door)
-        self._appending += 1
 
         def appended(future: asyncio.Future[Appended]) -> None:
             self._appending -= 1
@@ -121,7 +120,9 @@ class Intake:
             counter.inc()
             told(self._begin(message, future.result()))
 
-        self._backend.append(message, channel=channel, locale=new.locale).add_done_callback(appended)
+        appending = self._backend.append(message, channel=channel, locale=new.locale)
+        self._appending += 1
+        appending.add_done_callback(appended)
 
     def _begin(self, message: Message, appended: Appended) -> Accepted:
         if appended.duplicate:

@@ -95,6 +95,8 @@ class Reader:
         """Take an event in, in the order of commits."""
         if self._catching is not None:
             self._dirty = True
+            if event.kind == "error":  # it is in no journal: who is not told now is never told
+                self._sink.send(event)
             return
         if not event.seq:
             self._sink.send(event)
@@ -102,13 +104,6 @@ class Reader:
             self._pass_on(event)
         elif event.seq > self._last:
             self._catch_up()
-
-    def fall_behind(self) -> None:
-        """The sink could not keep what it was sent: read again from the last entry that it did."""
-        self._catch_up()
-
-    def rewind(self, seq: int) -> None:
-        self._last = seq
 
     def _pass_on(self, event: Event) -> None:
         self._last = event.seq
@@ -130,7 +125,7 @@ class Reader:
                     continue
                 for entry in page or ():
                     self._pass_on(Event.of(entry))
-                await self._sink.drain()
+                    await self._sink.drain()
                 if not page and not self._dirty:
                     return
         finally:

@@ -18,7 +18,7 @@ from ..runtime.call import Clock
 if TYPE_CHECKING:
     from .outbox import Event
 
-__all__ = ["ConversationView", "Ended", "TurnRun"]
+__all__ = ["ConversationView", "Ended", "TurnRun", "as_text"]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -59,8 +59,16 @@ class ConversationView:
         return self._closed
 
     def changed(self) -> ConversationRecord | None:
-        """The record as it is now, or None when nothing changed. Raises `TypeError` on state that JSON can't say."""
+        """The record as it is now, or None when nothing changed.
+
+        Raises `TypeError` or `ValueError` on what could not be kept, or not be read again.
+        """
         old = self._record
+        for name, value in (("assignee", self.assignee), ("locale", self.locale)):
+            if value is not None:
+                as_text(value, f"conversation.{name}")
+        if self._state is not None and not isinstance(self._state, dict):
+            raise TypeError(f"conversation.state is a dict, not {type(self._state).__name__}")
         state = old.state if self._state is None else _encode(self._state)
         tags = tuple(map(str, self.tags))
         if (
@@ -72,6 +80,15 @@ class ConversationView:
         ):
             return None
         return ConversationRecord(old.id, old.channel, self.locale, self.assignee, tags, state)
+
+
+def as_text(value: Any, what: str) -> str:
+    """*value* as it is, if it is text that UTF-8 can say. Raises `TypeError` or `ValueError`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is text, not {type(value).__name__}")
+    if not value.isascii():
+        value.encode()
+    return value
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -164,9 +181,7 @@ class TurnRun:
     def stream(self, text: str) -> Awaitable[None]:
         if not self.streaming:
             raise RuntimeError("turn.stream() works inside respond, while it answers this turn")
-        if not isinstance(text, str):
-            raise TypeError(f"turn.stream() takes text, not {type(text).__name__}")
-        if text:
+        if as_text(text, "what turn.stream() takes"):
             self.pending.append(text)
         return _HANDED
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import random
 import time
 from collections import deque
@@ -26,12 +27,15 @@ from ..runtime.call import Calls
 from ..runtime.guards import host_task
 from .background import Background
 from .outbox import Event, Outbox
-from .turn import Ended, TurnRun
+from .turn import Ended, TurnRun, as_text
 
 __all__ = ["Turns", "new_id"]
 
 MAX_RERUNS = 3
 """How often a turn is run again because what it ran on was rolled back."""
+
+CANCEL_S = 1.0
+"""How long a turn that is cancelled at the stop may take to end."""
 
 RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """The waits between tries to put a turn's end on disk; the last is repeated."""
@@ -86,6 +90,7 @@ class Turns:
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
+        self._stop_by = math.inf
         self._outcomes = {
             name: metrics.turns.labels(name) for name in ("replied", "silent", "refused", "cut", "failed")
         }
@@ -114,7 +119,7 @@ class Turns:
 
     def _start(self, turn: TurnRun) -> None:
         # a task of the host's, on no plugin's account; the loop is at hand, for asking costs a system call before 3.12
-        task = self._loop.create_task(self._run(turn), context=contextvars.Context())
+        task = asyncio.Task(self._run(turn), loop=self._loop, context=contextvars.Context())
         turn.clock.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -216,6 +221,10 @@ class Turns:
                 if self._stopping:
                     return
                 await asyncio.sleep(next(waits, RETRY_S[-1]))
+            except Exception as exc:  # a fault of ours: the turn ends without what could not be kept
+                self._log.error("turn_end_failed", conversation=message.conversation, message=turn.id, exc_info=exc)
+                end, error = TurnEnd(message.conversation, message.seq), ("internal_error", "the reply can't be kept")
+                await asyncio.sleep(next(waits, RETRY_S[-1]))
         if end.changed is not None:
             lane.record = (
                 end.changed
@@ -242,7 +251,11 @@ class Turns:
         view = turn.touched
         try:
             changed = None if view is None else view.changed()
+            if text is not None:
+                as_text(text, "a reply")
             if metadata:
+                if not isinstance(metadata, dict):
+                    raise TypeError(f"a reply's metadata is a dict, not {type(metadata).__name__}")
                 msgspec.json.encode(metadata)
         except (TypeError, ValueError, RecursionError) as exc:
             self._log.error("turn_not_json", conversation=message.conversation, message=turn.id, problem=str(exc))
@@ -321,7 +334,8 @@ class Turns:
         task.add_done_callback(self._tasks.discard)
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until no turn is live; False when *timeout_s* went by first."""
+        """Wait until no turn is live; False when *timeout_s* went by first. `aclose` then waits no longer."""
+        self._stop_by = time.monotonic() + timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -332,6 +346,7 @@ class Turns:
     async def aclose(self, timeout_s: float) -> int:
         """Let what runs finish within *timeout_s*; what did not stays in the journal. Returns how many that are."""
         self._stopping = True
+        timeout_s = max(0.0, min(timeout_s, self._stop_by - time.monotonic()))
         try:
             async with asyncio.timeout(timeout_s):
                 while running := [task for task in self._tasks if not task.done()]:
@@ -340,7 +355,8 @@ class Turns:
             pass
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:  # a plugin may ignore that; its generation's release names it
+            await asyncio.wait(self._tasks, timeout=CANCEL_S)
         left = len(self._live)
         for turn in self._live.values():
             for waiter in turn.waiters or ():

@@ -139,6 +139,10 @@ def _leftover(event: Mapping[str, Any]) -> str:
     return f"{_who(event)} left behind: {', '.join(map(one_line, items)) or 'something unnamed'}"
 
 
+def _denied(event: Mapping[str, Any]) -> str:
+    return f"{_who(event)} used {one_line(event.get('capability', '?'))}, which it was not granted or did not ask for"
+
+
 def _stalled(event: Mapping[str, Any]) -> str:
     held = next((event[key] for key in ("ms", "stalled_ms", "blocked_ms") if event.get(key) is not None), None)
     time = f" for {_ms(held)} ms" if held is not None else ""
@@ -165,6 +169,7 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "plugin_disabled": _disabled,
     "plugin_configured": _configured,
     "plugin_leftover": _leftover,
+    "capability_denied": _denied,
     "loop_stalled": _stalled,
     "breaker_opened": _breaker_opened,
     "breaker_closed": _breaker_closed,

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +17,10 @@ from hotdesk_sdk import HotdeskError
 from ..app import Host, open_host
 from ..config import Config, load_config
 from ..errors import ConfigError
-from ..logs import configure_logs
+from ..logs import configure_logs, logs_are_for_people
 from .receipts import event_line
 
 __all__ = ["run"]
-
-_QUIET = frozenset({"plugin_swapped"})
-"""Told again, and better, by the receipt with its first answer."""
 
 
 @click.command()
@@ -74,7 +70,7 @@ async def _serve(config: Config, *, as_json: bool) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     say = _say_json if as_json else _say
-    async with open_host(config, listen=say) as host:
+    async with open_host(config, listen=say, log_events=not logs_are_for_people(config.log_format)) as host:
         if not as_json:
             _greet(host)
         await stop.wait()
@@ -103,8 +99,6 @@ def _greet(host: Host) -> None:
 
 
 def _say(event: Mapping[str, Any]) -> None:
-    if event["kind"] in _QUIET and not sys.stdout.isatty():
-        return
     with contextlib.suppress(BrokenPipeError):
         click.echo(event_line(event))
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..logs import Logger
+from ..logs import Logger, get_log
 
 __all__ = ["Events"]
 
@@ -22,9 +22,12 @@ _LEVELS = {
 
 
 class Events:
-    """Keeps the last 200 events and hands each to its listeners. A listener that raises is dropped."""
+    """Keeps the last 200 events and hands each to its listeners. A listener that raises is dropped.
 
-    def __init__(self, log: Logger) -> None:
+    *log* is None where a listener shows them to people already.
+    """
+
+    def __init__(self, log: Logger | None) -> None:
         self._log = log
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
         self.recent: deque[dict[str, Any]] = deque(maxlen=200)
@@ -37,10 +40,11 @@ class Events:
     def tell(self, kind: str, **fields: Any) -> None:
         event = {"kind": kind, **fields, "at": time.time()}
         self.recent.append(event)
-        getattr(self._log, _LEVELS.get(kind, "info"))(kind, **fields)
+        if self._log is not None:
+            getattr(self._log, _LEVELS.get(kind, "info"))(kind, **fields)
         for listener in list(self._listeners):
             try:
                 listener(event)
             except Exception as exc:  # a listener's fault is not the plugin's
-                self._log.error("listener_failed", problem=repr(exc))
+                get_log().error("listener_failed", problem=repr(exc))
                 self._listeners.remove(listener)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import Any
 
 from aiohttp import web
@@ -16,7 +15,7 @@ from ..config import Config
 from ..errors import DoorError
 from ..metrics import Metrics
 from .access import Access
-from .wire import SSE_HEADERS, conversation_of, decode_message, integer, json_response, seconds, sse
+from .wire import SSE_HEADERS, check_url, conversation_of, decode_message, integer, json_response, seconds, sse
 
 __all__ = ["Conversations"]
 
@@ -44,14 +43,18 @@ class Conversations:
         self._streams = metrics.connections.labels("sse")
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
+        self._waiting: set[asyncio.Future[Ended]] = set()
 
     def stop(self) -> None:
-        """End the event streams: their readers come back elsewhere, or later."""
+        """End the event streams and the waits: who listens comes back elsewhere, or later."""
         self._stopping.set()
+        for future in self._waiting:
+            future.cancel()
 
     def _enter(self, request: web.Request) -> tuple[str, str]:
         """The conversation, and on whose account the request goes. Raises `DoorError`."""
         self._access.check_origin(request)
+        check_url(request)
         conversation = conversation_of(request.match_info["c"])
         visitor = self._access.visitor(request, conversation)
         return conversation, visitor.id if visitor else ""
@@ -120,6 +123,7 @@ class Conversations:
             ended = await future
         finally:
             handle.cancel()
+            self._waiting.discard(future)
         accepted = known[0]
         if accepted.turn is None:
             outcome = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
@@ -127,64 +131,52 @@ class Conversations:
         return accepted, ended
 
     async def _post_stream(self, request: web.Request, new: NewMessage) -> web.StreamResponse:
-        events: deque[Event | None] = deque()
-        wake = asyncio.Event()
-        outcome: list[Accepted | BaseException] = []
+        sink = _SseSink(self._config.max_buffer_bytes)
+        told: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
 
-        def told(accepted: Accepted | BaseException) -> None:
-            outcome.append(accepted)
-            if isinstance(accepted, Accepted) and accepted.turn is not None:
-                if accepted.turn.watchers is None:
-                    accepted.turn.watchers = []
-                accepted.turn.watchers.append(hear)
-                accepted.turn.wait_ended().add_done_callback(lambda _: hear(None))
-            wake.set()
+        def tell(outcome: Accepted | BaseException) -> None:
+            if told.done():
+                return
+            if isinstance(outcome, BaseException):
+                told.set_exception(outcome)
+                return
+            first = {"id": outcome.id, "conversation": outcome.conversation, "seq": outcome.seq, "status": "accepted"}
+            sink.send(Event("accepted", first))
+            if (turn := outcome.turn) is not None:
+                turn.watchers = [*(turn.watchers or ()), sink.send]
+                turn.wait_ended().add_done_callback(
+                    lambda ended: sink.end(STOPPING if ended.cancelled() else Event("done", {"id": outcome.id}))
+                )
+            told.set_result(outcome)
 
-        def hear(event: Event | None) -> None:
-            events.append(event)
-            wake.set()
+        self._intake.accept_nowait(new, tell, door="sse")
+        accepted = await told
+        if accepted.turn is None:
+            past = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+            for reply in past.replies:
+                sink.send(Event.of(reply))
+            sink.end(Event("done", {"id": accepted.id}))
+        try:
+            return await self._stream(request, sink)
+        finally:
+            if accepted.turn is not None and accepted.turn.watchers and sink.send in accepted.turn.watchers:
+                accepted.turn.watchers.remove(sink.send)
 
-        self._intake.accept_nowait(new, told, door="sse")
-        await wake.wait()
-        accepted = outcome[0]
-        if isinstance(accepted, BaseException):
-            raise accepted
+    async def _stream(self, request: web.Request, sink: _SseSink) -> web.StreamResponse:
+        """Write what *sink* is sent until it ends, the host stops, or the reader is gone or too slow."""
         response = web.StreamResponse(headers=SSE_HEADERS)
-        await response.prepare(request)
-        first = {"id": accepted.id, "conversation": accepted.conversation, "seq": accepted.seq, "status": "accepted"}
         self._streams.inc()
         try:
-            await response.write(sse("accepted", Event("accepted", first).frame))
-            if accepted.turn is None:
-                past = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
-                events.extend(Event.of(reply) for reply in past.replies)
-                events.append(None)
-            await self._write_turn(response, events, wake, accepted)
+            await response.prepare(request)
+            await sink.run(request, response, self._stopping)
             await response.write_eof()
-        except (ConnectionResetError, TimeoutError):
-            pass  # the visitor left; the turn goes on, and its reply is in the record
+        except (ConnectionError, TimeoutError):
+            pass  # the reader left or stalled: what it missed is in the record
         finally:
             self._streams.dec()
-            if accepted.turn is not None and accepted.turn.watchers and hear in accepted.turn.watchers:
-                accepted.turn.watchers.remove(hear)
+            if sink.stalled:
+                self._metrics.slow_readers.labels("sse").inc()
         return response
-
-    async def _write_turn(
-        self, response: web.StreamResponse, events: deque[Event | None], wake: asyncio.Event, accepted: Accepted
-    ) -> None:
-        while True:
-            while events:
-                event = events.popleft()
-                if event is None:
-                    await response.write(
-                        sse("done", b'{"id":"%s"}' % accepted.id.encode() if '"' not in accepted.id else b"{}")
-                    )
-                    return
-                async with asyncio.timeout(STALL_S):
-                    await response.write(sse(event.kind, event.frame, event.seq))
-            wake.clear()
-            if not events:
-                await wake.wait()
 
     async def record(self, request: web.Request) -> web.StreamResponse:
         conversation, _ = self._enter(request)
@@ -202,67 +194,88 @@ class Conversations:
         last = request.headers.get("Last-Event-ID")
         query = {"after": last} if last is not None else request.query
         after = integer(query, "after", None, 0, MAX_SEQ)
-        response = web.StreamResponse(headers=SSE_HEADERS)
-        await response.prepare(request)
-        sink = _SseSink(response, self._config.max_buffer_bytes)
-        reader = Reader(conversation, after, messages=True, sink=sink, backend=self._backend)
-        leave = self._outbox.join(reader)
-        self._streams.inc()
+        sink = _SseSink(self._config.max_buffer_bytes)
+        leave = self._outbox.join(Reader(conversation, after, messages=True, sink=sink, backend=self._backend))
         try:
-            await sink.run(self._stopping)
-        except (ConnectionResetError, TimeoutError):
-            if sink.stalled:
-                self._metrics.slow_readers.labels("sse").inc()
+            return await self._stream(request, sink)
         finally:
             leave()
-            self._streams.dec()
-        return response
+
+
+STOPPING = Event.error(None, "stopping", "the host is stopping; the message is kept, and answered after its next start")
 
 
 class _SseSink:
-    """Writes events to one response; over its bound it ends the stream, whose reader resumes by its last id."""
+    """Writes events to one response; over its bound it cuts the connection, whose reader resumes by its last id.
 
-    def __init__(self, response: web.StreamResponse, limit: int) -> None:
-        self._response = response
+    Too far is judged by what was sent before: one event over the bound alone still reaches whoever reads.
+    """
+
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._queue: deque[bytes] = deque()
+        self._queue: list[bytes] = []
         self._size = 0
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
+        self._transport: asyncio.Transport | None = None
+        self._ended = False
         self.stalled = False
 
     def send(self, event: Event) -> None:
+        if self._ended:
+            return
+        if self._size > self._limit:
+            self.stalled = self._ended = True
+            self._queue.clear()
+            self._room.set()
+            if self._transport is not None:
+                self._transport.abort()
+            return
         data = sse(event.kind, event.frame, event.seq)
         self._queue.append(data)
         self._size += len(data)
         self._wake.set()
         if self._size > self._limit // 2:
             self._room.clear()
-        if self._size > self._limit:
-            self.stalled = True
+
+    def end(self, event: Event) -> None:
+        """Send *event* as the last one."""
+        self.send(event)
+        self._ended = True
+        self._wake.set()
 
     async def drain(self) -> None:
         await self._room.wait()
 
-    async def run(self, stopping: asyncio.Event) -> None:
+    async def run(self, request: web.Request, response: web.StreamResponse, stopping: asyncio.Event) -> None:
+        self._transport = request.transport
         stop = asyncio.ensure_future(stopping.wait())
         try:
-            while not stop.done():
+            while True:
                 while self._queue:
                     data = b"".join(self._queue)
                     self._queue.clear()
                     self._size = 0
                     self._room.set()
-                    async with asyncio.timeout(STALL_S):
-                        await self._response.write(data)
-                    if self.stalled:
-                        return
+                    await self._write(response, data)
+                if self._ended or stop.done():
+                    return
                 self._wake.clear()
                 woken = asyncio.ensure_future(self._wake.wait())
                 done, _ = await asyncio.wait({stop, woken}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
                 woken.cancel()
                 if not done:
-                    await self._response.write(b": still here\n\n")
+                    await self._write(response, b": still here\n\n")
         finally:
             stop.cancel()
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(STALL_S):
+                await response.write(data)
+        except TimeoutError:
+            self.stalled = self._ended = True
+            if self._transport is not None:
+                self._transport.abort()
+            raise

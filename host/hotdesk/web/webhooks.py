@@ -18,6 +18,8 @@ from .wire import conversation_of, json_response
 
 __all__ = ["Webhooks", "answer_response"]
 
+_decode = msgspec.json.Decoder(InboundMessage).decode
+
 
 class Webhooks:
     """The webhook door."""
@@ -42,19 +44,26 @@ class Webhooks:
             found = read_intake(given)
         except LookupError:
             raise DoorError("not_found", f"no plugin '{plugin[:64]}' takes webhooks") from None
-        except (CallFailed, TypeError, msgspec.ValidationError) as exc:
+        except (CallFailed, TypeError, ValueError) as exc:
             raise DoorError("plugin_failed", f"plugin '{plugin}' could not take this webhook: {exc}") from exc
-        for message in found.messages:
-            new = NewMessage(
-                conversation_of(message.conversation), message.text, message.id, message.sender,
-                tuple(message.attachments), message.metadata, message.locale,
-            )  # fmt: skip
+        for new in [_new(message, plugin) for message in found.messages]:
             await self._intake.accept(new, door="webhook", channel=plugin)
         return answer_response(found.answer)
 
 
+def _new(message: InboundMessage, plugin: str) -> NewMessage:
+    try:
+        conversation = conversation_of(message.conversation)
+    except DoorError as exc:
+        raise DoorError("plugin_failed", f"plugin '{plugin}' gave a message that can't be: {exc}") from None
+    return NewMessage(
+        conversation, message.text, message.id, message.sender, tuple(message.attachments), message.metadata,
+        message.locale,
+    )  # fmt: skip
+
+
 def read_intake(given: Any) -> Intake:
-    """What an `intake` hook returned, in any of its forms. Raises `TypeError` or `ValidationError`.
+    """What an `intake` hook returned, in any of its forms. Raises `TypeError` or `ValueError`.
 
     `Intake`; None (nothing found); a list of messages; `(messages, answer)`. A message may be a dict with the
     fields of `InboundMessage`, an answer a status, a text, a dict, or `Answer`.
@@ -75,11 +84,9 @@ def read_intake(given: Any) -> Intake:
 
 
 def _message(item: Any) -> InboundMessage:
-    if isinstance(item, InboundMessage):
-        return item
-    if isinstance(item, Mapping):
-        return msgspec.convert(item, InboundMessage)
-    raise TypeError(f"a message is an InboundMessage or a dict, not {type(item).__name__}")
+    if not isinstance(item, InboundMessage | Mapping):
+        raise TypeError(f"a message is an InboundMessage or a dict, not {type(item).__name__}")
+    return _decode(msgspec.json.encode(item))  # there and back: what is kept must be readable for as long as it is kept
 
 
 def _answer(item: Any) -> Answer:

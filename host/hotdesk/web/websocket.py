@@ -91,9 +91,7 @@ class WebSockets:
         after = integer(request.query, "after", None, 0, MAX_SEQ)
         if not self._intake.ready:
             raise DoorError("stopping", "the host is not ready to take messages", retry_after_s=1)
-        ws = _Socket(
-            compress=False, max_msg_size=self._config.max_body_bytes, heartbeat=PING_S, decode_text=False
-        )
+        ws = _Socket(compress=False, max_msg_size=self._config.max_body_bytes, heartbeat=PING_S, decode_text=False)
         if not ws.can_prepare(request).ok:
             raise DoorError("bad_parameter", "this path is a WebSocket; send an Upgrade request")
         await ws.prepare(request)
@@ -105,6 +103,7 @@ class WebSockets:
         finally:
             leave()
             self._sessions.discard(session)
+            ws.session = None
         return ws
 
     async def aclose(self) -> None:
@@ -190,7 +189,7 @@ class _Session:
     async def drain(self) -> None:
         half = self._door._config.max_buffer_bytes // 2
         wait_s, until = 0.005, time.monotonic() + STALL_S
-        while not self._closing and self._transport.get_write_buffer_size() > half:  # noqa: ASYNC110
+        while not self._closing and self._transport.get_write_buffer_size() > half:
             if time.monotonic() > until:
                 self._fall_behind()
             await asyncio.sleep(wait_s)
