@@ -168,6 +168,9 @@ async def open_host(
         stalls = _watch_stalls(config, maker, events, metrics)
         stack.callback(stalls.close)
         stack.push_async_callback(plugins.aclose)
+        gc.collect()
+        gc.freeze()  # what lives as long as the host need not be looked at by every collection; plugins come after
+        stack.callback(gc.unfreeze)
         kept = await backend.kv_get(HOST_KEYS, "enabled")
         await plugins.start(msgspec.json.decode(kept, type=dict[str, bool]) if kept else {})
         stack.push_async_callback(background.aclose, config.stop_timeout_s)
@@ -203,9 +206,6 @@ async def open_host(
             purging = asyncio.create_task(_purge(backend, config.retention_days, log))
             stack.callback(purging.cancel)
         intake.open()
-        gc.collect()
-        gc.freeze()  # what lives as long as the host need not be looked at by every collection
-        stack.callback(gc.unfreeze)
         yield Host(config, url, backend, intake, turns, plugins, events, metrics, access.new_admin_token, resumed)
 
 

@@ -22,7 +22,8 @@ RATE = 500
 
 async def measure(short: bool) -> list[Figure]:
     """Bare aiohttp first, then the host, each alone with the visitors."""
-    visitors, seconds = (1_000, 4.0) if short else (12_000, 30.0)
+    # Long enough to see whatever a host does for every visitor each half minute.
+    visitors, seconds = (1_000, 4.0) if short else (12_000, 45.0)
     allow_descriptors(visitors + 1_000)
     async with running_bare() as bare:
         bare_kib, sockets = await seat_visitors(bare, "/ws?conversation=idle-{}", visitors)

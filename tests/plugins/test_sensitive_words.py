@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from pathlib import Path
@@ -78,7 +79,7 @@ async def test_words_are_masked_both_ways(text: str, masked: str, tmp_path: Path
         (("damn",), ("****",)),
         (("你这混", "蛋", "！"), ("你这", "**", "！")),
         (("混", "合"), ("混合",)),
-        (("王八", "蛋白", "痴"), ("***", "*")),
+        (("王八", "蛋白", "痴"), ("***", "**")),
     ],
 )
 async def test_a_stream_is_masked_as_it_goes(
@@ -92,16 +93,20 @@ async def test_a_stream_is_masked_as_it_goes(
 
 
 async def test_a_stream_is_masked_as_its_whole_text_would_be(tmp_path: Path) -> None:
-    """However a text is cut: the same stars, never held back by more than the longest word."""
+    """However a text is cut: the same stars."""
     rnd = random.Random(7)
     words = ["ab", "a", "b中", "中国", "中国人", "ba ab", "国b"]
-    async with desk_with(GENERATOR, tmp_path, words=words) as streams, desk_with(SAYS, tmp_path, words=words) as says:
-        for _ in range(150):
-            text = "x" + "".join(rnd.choice("ab中国人 ") for _ in range(rnd.randint(0, 16)))
-            cuts = sorted(rnd.sample(range(1, len(text) + 1), k=min(len(text), rnd.randint(0, 8))))
-            parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) if a < b]
-            whole = (await says.say(spelled(text))).text
-            assert (await streams.say(spelled(*parts))).text == whole, (text, parts)
+    cases = []
+    for _ in range(150):
+        text = "x" + "".join(rnd.choice("ab中国人 ") for _ in range(rnd.randint(0, 16)))
+        cuts = sorted(rnd.sample(range(1, len(text) + 1), k=rnd.randint(0, min(len(text), 8))))
+        cases.append([text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)]) if a < b])
+    async with desk_with(SAYS, tmp_path, words=words) as desk:
+        whole = [(await desk.say(spelled("".join(parts)))).text for parts in cases]
+    async with desk_with(GENERATOR, tmp_path, words=words) as desk:
+        streamed = [(await desk.say(spelled(*parts))).text for parts in cases]
+    assert streamed == whole
+    assert any("*" in text for text in whole)
 
 
 async def test_refusing_shows_nothing_of_the_answer(tmp_path: Path) -> None:

@@ -211,7 +211,8 @@ async def test_what_is_not_http_is_refused(desk: Desk) -> None:
 
 
 TEXTS = (
-    "\0", "a\0b", "\u2028\u2029", "\x7f\x1b[31m", "👩‍👩‍👧", "漢字", "\ufeff", "\uffff", "e\u0301", "<script>", "'; --", "x" * 131_072,
+    "\0", "a\0b", "\u2028\u2029", "\x7f\x1b[31m", "👩‍👩‍👧", "漢字", "\ufeff", "\uffff", "e\u0301", "<script>", "'; --",
+    "x" * 131_072,
 )  # fmt: skip
 
 
@@ -281,7 +282,7 @@ async def test_an_error_frame_says_to_which_message(desk: Desk) -> None:
 
 
 BROKEN_FRAMES = (
-    ("over_the_body_limit", frame_bytes(TEXT, b'{"type":"message","text":"' + b"x" * (10 * MIB) + b'"}'), 1009, "too_large"),
+    ("over_the_body_limit", frame_bytes(TEXT, b'{"text":"' + b"x" * (10 * MIB) + b'"}'), 1009, "too_large"),
     ("reserved_opcode", frame_bytes(3, b"x"), 1002, "bad_json"),
     ("reserved_bits", frame_bytes(TEXT, b"{}", reserved=0x30), 1002, "bad_json"),
     ("continuation_of_nothing", frame_bytes(0, b"x"), 1002, "bad_json"),

@@ -11,14 +11,33 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 
+from conftest import ADMIN_TOKEN, Desk
+from hotdesk.app import open_host
+from hotdesk.config import Config
 from hotdesk.errors import DOOR_ERRORS
 
 TEXT, BINARY, CLOSE = 1, 2, 8
+
+
+@contextlib.asynccontextmanager
+async def open_desk(home: Path, plugins: dict[str, str] | None = None, **config: Any) -> AsyncIterator[Desk]:
+    """A host in *home* that stops when the context ends, so that the next one in *home* is the same desk restarted."""
+    folder = home / "plugins"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in (plugins or {}).items():
+        (folder / name).write_text(source)
+    settings = {"standby_s": 0.1, "stop_timeout_s": 3.0, "data": str(home / "data"), "admin_token": ADMIN_TOKEN}
+    async with (
+        open_host(Config(plugins=(str(folder),), port=0, **{**settings, **config})) as host,
+        aiohttp.ClientSession() as http,
+    ):
+        yield Desk(host, folder, http)
 
 
 @dataclass(slots=True)

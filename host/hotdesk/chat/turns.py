@@ -253,9 +253,9 @@ class Turns:
             changed = None if view is None else view.changed()
             if text is not None:
                 as_text(text, "a reply")
+            if not isinstance(metadata, dict):
+                raise TypeError(f"a reply's metadata is a dict, not {type(metadata).__name__}")
             if metadata:
-                if not isinstance(metadata, dict):
-                    raise TypeError(f"a reply's metadata is a dict, not {type(metadata).__name__}")
                 msgspec.json.encode(metadata)
         except (TypeError, ValueError, RecursionError) as exc:
             self._log.error("turn_not_json", conversation=message.conversation, message=turn.id, problem=str(exc))

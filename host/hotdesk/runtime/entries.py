@@ -103,6 +103,7 @@ class Entry:
     """The digest of what was rolled back from: the same bytes are not loaded again by the watch."""
     kept: deque[Kept] = field(default_factory=deque)
     leftovers: list[str] = field(default_factory=list)
+    retiring: set[asyncio.Task[None]] = field(default_factory=set)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     queued: bool = False
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from .active import Generation
 from .plugin_metrics import strip_global_registry
-from .python import PythonLoader
+from .python import PREFIX, PythonLoader
 
 __all__ = ["Baseline", "Leftover", "Release", "describe_holders"]
 
@@ -64,7 +64,9 @@ class Release:
         self._loader = loader
         self._watched: dict[tuple[str, int, str], list[weakref.ref[Any]]] = {}
         self._next_collect = 0.0
-        self._singledispatch: list[weakref.ref[Any]] | None = None
+        self._singledispatch: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._modules_searched = 0
+        self._find_singledispatch()
 
     @property
     def unproven(self) -> int:
@@ -119,16 +121,10 @@ class Release:
         return left
 
     def _sweep_singledispatch(self, prefix: str) -> list[Leftover]:
-        if self._singledispatch is None:
-            self._singledispatch = [
-                weakref.ref(item)
-                for item in gc.get_objects()
-                if isinstance(item, FunctionType) and isinstance(getattr(item, "registry", None), MappingProxyType)
-            ]
+        self._find_singledispatch()
         left = []
-        for ref in self._singledispatch:
-            function = ref()
-            if function is None or _owned(function, prefix):
+        for function in list(self._singledispatch):
+            if _owned(function, prefix):
                 continue
             registry = gc.get_referents(getattr(function, "registry", None))[0]
             for key, value in list(registry.items()):
@@ -137,6 +133,19 @@ class Release:
                     getattr(function, "_clear_cache", lambda: None)()
                     left.append(Leftover("singledispatch entry", f"{function.__name__}({key.__name__})", True))
         return left
+
+    def _find_singledispatch(self) -> None:
+        """Know every generic function that a plugin could register with: looked for when modules have come.
+
+        The first search has to come before `gc.freeze`, after which the collector shows nothing older.
+        """
+        modules = sum(not name.startswith(PREFIX) for name in sys.modules)
+        if modules == self._modules_searched:
+            return
+        self._modules_searched = modules
+        for item in gc.get_objects():
+            if isinstance(item, FunctionType) and isinstance(item.__dict__.get("registry"), MappingProxyType):
+                self._singledispatch.add(item)
 
     def verify(self, *, must: bool = False) -> dict[tuple[str, int, str], list[Any]]:
         """The released generations that are still held, and by which of their objects.
@@ -177,12 +186,13 @@ async def _cancel_tasks(generation: Generation) -> list[Leftover]:
     strays = [task for task in list(generation.stray_tasks or ()) if not task.done()]
     current = asyncio.current_task()
     strays = [task for task in strays if task is not current]
+    names = [_task_name(task) for task in strays]
     for task in strays:
         task.cancel()
     if strays:
         await asyncio.wait(strays, timeout=1.0)
     generation.stray_tasks = None
-    return [Leftover("task", _task_name(task), task.done()) for task in strays]
+    return [Leftover("task", name, task.done()) for name, task in zip(names, strays, strict=True)]
 
 
 def _task_name(task: asyncio.Task[Any]) -> str:

@@ -34,15 +34,16 @@ __all__ = ["NothingToRollBackTo", "Plugins"]
 SETTINGS_POLL_S = 0.25
 """How often the settings file is looked at. Its folder often holds the data folder, whose events would flood us."""
 
-MAX_UNPROVEN = 2
-"""While more old generations than this are not proven gone, a collection comes before the next load."""
+ROOM_S = 0.1
+"""How long a load waits for the generation before last to be gone: at a quick series of saves no more than three live."""
 
 
 class NothingToRollBackTo(HotdeskError):
-    """A rollback of a plugin that has no earlier version."""
+    """A rollback of a plugin that has no earlier version, or not the one that was asked for."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"plugin '{name}' has no earlier version to go back to")
+    def __init__(self, name: str, to: int | None = None) -> None:
+        which = "earlier version" if to is None else f"generation {to}"
+        super().__init__(f"plugin '{name}' has no {which} to go back to")
 
 
 @dataclass(slots=True)
@@ -309,14 +310,25 @@ class Plugins:
             await dependant.lock.acquire()
         try:
             group += [(one, one.current.bundle) for one in dependants if one.current is not None]
-            if self._maker.release.unproven > MAX_UNPROVEN:
-                self._maker.release.verify(must=True)
+            await self._make_room(group)
             prepared = await self._prepare(group, steps)
             self._serve(prepared, since, steps, probation)
         finally:
             for dependant in dependants:
                 dependant.lock.release()
         self._wake_waiting(entry.name)
+
+    async def _make_room(self, group: list[tuple[Entry, Bundle]]) -> None:
+        """See the generations before the ones that serve off, as far as nobody uses them any more."""
+        retiring: set[asyncio.Task[None]] = set()
+        for entry, _ in group:
+            if (standby := self._standbys.pop(entry.name, None)) is not None:
+                self._end_standby(standby)
+            retiring |= entry.retiring
+        if retiring:
+            await asyncio.wait(retiring, timeout=ROOM_S)
+        if self._maker.release.unproven:
+            self._maker.release.verify(must=True)
 
     async def _prepare(self, group: list[tuple[Entry, Bundle]], steps: dict[str, float]) -> list[Prepared]:
         prepared: list[Prepared] = []
@@ -469,12 +481,21 @@ class Plugins:
                 await standby.over.wait()
         except TimeoutError:
             pass
-        for entry, _, old in standby.pairs:
+        self._end_standby(standby)
+
+    def _end_standby(self, standby: Standby) -> None:
+        pairs, standby.pairs = standby.pairs, []
+        standby.over.set()
+        for entry, _, old in pairs:
             if self._standbys.get(entry.name) is standby:
                 del self._standbys[entry.name]
-                entry.standby = None
-            if old.state is PluginState.DRAINING:
-                self._spawn(self._retire(entry, old))
+            entry.standby = None
+            self._start_retiring(entry, old)
+
+    def _start_retiring(self, entry: Entry, generation: Generation) -> None:
+        task = self._spawn(self._retire(entry, generation))
+        entry.retiring.add(task)
+        task.add_done_callback(entry.retiring.discard)
 
     def _wake_drain(self, generation: Generation) -> None:
         if (wake := self._drain_wakes.get(generation)) is not None:
@@ -496,9 +517,7 @@ class Plugins:
             for what in leftovers:
                 self._metrics.leftovers.labels(entry.name, what.split(" ", 1)[0]).inc()
             self._events.tell("plugin_leftover", plugin=entry.name, generation=generation.number, leftovers=leftovers)
-        number = generation.number
-        del generation
-        await self._prove(entry, number)
+        self._spawn(self._prove(entry, generation.number))
 
     async def _prove(self, entry: Entry, number: int) -> None:
         for _ in range(3):
@@ -532,7 +551,7 @@ class Plugins:
             current.move(PluginState.DRAINING)
             self._metrics.generation.labels(one.name).set(0)
             self._events.tell("plugin_unloaded", plugin=one.name, generation=current.number)
-            self._spawn(self._retire(one, current))
+            self._start_retiring(one, current)
 
     def _forget(self, entry: Entry) -> None:
         entry.problem = entry.source = entry.waiting_for = entry.refused = None
@@ -565,7 +584,7 @@ class Plugins:
             target = self._rollback_target(entry)
             if target is None:
                 return None
-            running = self._spawn(self._roll_back(entry, target, str(exc)))
+            running = self._spawn(self._roll_back(entry, target, str(exc), self._note_rolled_back))
             self._rollbacks[entry.name] = running
             running.add_done_callback(lambda _: self._rollbacks.pop(entry.name, None))
         return running
@@ -585,23 +604,36 @@ class Plugins:
             if failed is not None:
                 self._note_rolled_back(one, failed, old.number, str(exc))
                 failed.move(PluginState.DRAINING)
-                self._spawn(self._retire(one, failed))
+                self._start_retiring(one, failed)
         standby.pairs = []
         standby.over.set()
 
     def _note_rolled_back(self, entry: Entry, failed: Generation, to: int, why: str) -> None:
-        entry.refused = failed.bundle.digest
+        """The books of a rollback by probation; *failed* is not kept, for it is no version to go back to."""
         entry.kept = type(entry.kept)(kept for kept in entry.kept if kept.generation != failed.number)
         entry.problem = Problem(f"generation {failed.number} was rolled back: {why}", "probation")
+        self._tell_rolled_back(entry, failed, to, why)
+
+    def _tell_rolled_back(self, entry: Entry, failed: Generation, to: int, why: str) -> None:
+        entry.refused = failed.bundle.digest
         self._metrics.generation.labels(entry.name).set(to)
         self._metrics.swaps.labels(entry.name, "rolled_back").inc()
         self._events.tell("plugin_rolled_back", plugin=entry.name, **{"from": failed.number, "to": to}, message=why)
 
-    def _rollback_target(self, entry: Entry) -> Kept | None:
+    def _rollback_target(self, entry: Entry, to: int | None = None) -> Kept | None:
         serving = entry.current.bundle.digest if entry.current else None
-        return next((kept for kept in reversed(entry.kept) if kept.bundle.digest != serving), None)
+        return next(
+            (
+                kept
+                for kept in reversed(entry.kept)
+                if (kept.bundle.digest != serving if to is None else kept.generation == to)
+            ),
+            None,
+        )
 
-    async def _roll_back(self, entry: Entry, target: Kept, why: str) -> bool:
+    async def _roll_back(
+        self, entry: Entry, target: Kept, why: str, note: Callable[[Entry, Generation, int, str], None]
+    ) -> bool:
         """Load an earlier version anew and swap to it; True when it serves."""
         async with entry.lock:
             failed = entry.current
@@ -611,8 +643,7 @@ class Plugins:
                 self._fail(entry, exc)
                 return False
             if failed is not None and entry.current is not None:
-                entry.kept = type(entry.kept)(k for k in entry.kept if k.generation != target.generation)
-                self._note_rolled_back(entry, failed, entry.current.number, why)
+                note(entry, failed, entry.current.number, why)
             return True
 
     # -- commands --------------------------------------------------------------------------------------------
@@ -637,13 +668,17 @@ class Plugins:
                 self._fail(entry, exc)
                 raise
 
-    async def rollback(self, name: str) -> None:
-        """Serve the version before this one. Raises `NothingToRollBackTo`, or `LoadFailed` when it won't load."""
+    async def rollback(self, name: str, to: int | None = None) -> None:
+        """Serve the version before this one, or the one that was generation *to*, as a new generation.
+
+        The version that it leaves is kept, so that one can go forward again. Raises `NothingToRollBackTo`, or
+        `LoadFailed` when it won't load.
+        """
         entry = self.entry(name)
-        target = self._rollback_target(entry)
+        target = self._rollback_target(entry, to)
         if target is None:
-            raise NothingToRollBackTo(name)
-        if not await self._roll_back(entry, target, "rolled back by command"):
+            raise NothingToRollBackTo(name, to)
+        if not await self._roll_back(entry, target, "by command", self._tell_rolled_back):
             problem = entry.problem
             raise LoadFailed(name, "rollback", problem.message if problem else "it did not load")
 

@@ -182,8 +182,6 @@ class _Session:
             async with asyncio.timeout(CLOSE_S):
                 await self.ws.close(code=code, message=message)
         except (TimeoutError, ConnectionError):
-            pass
-        if not self._transport.is_closing():
             self._transport.abort()
 
     async def drain(self) -> None:
