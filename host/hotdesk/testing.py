@@ -79,13 +79,8 @@ class Desk:
             self.host = await self._stack.enter_async_context(open_host(config, serve=False))
             for entry in self.host.plugins.entries:
                 if entry.problem is not None:
-                    raise LoadFailed(
-                        entry.name,
-                        entry.problem.step,
-                        entry.problem.message,
-                        file=entry.problem.file,
-                        line=entry.problem.line,
-                    )
+                    text = entry.problem.message.removeprefix(f"plugin '{entry.name}': ")
+                    raise LoadFailed(entry.name, entry.problem.step, text)
         except BaseException:
             await self._stack.aclose()
             raise
@@ -172,24 +167,33 @@ class Desk:
     async def record(self, conversation: str = "test") -> list[Message | StoredReply]:
         return await self.host.backend.read(conversation, 0, 1000) or []
 
-    async def write(self, name: str, source: str) -> Entry:
-        """Change a plugin's file the way an editor does, and wait until the change serves or is refused."""
-        entry = self.host.plugins.entry(Path(name).stem) if self._known(Path(name).stem) else None
-        before = (entry.last_number, entry.problem) if entry else (0, None)
-        target = self.folder / name
-        fresh = target.with_name(f".{target.name}.new")
-        fresh.write_text(source)
-        fresh.replace(target)
-        async with asyncio.timeout(10.0):
-            while True:
-                if self._known(Path(name).stem):
-                    entry = self.host.plugins.entry(Path(name).stem)
-                    if (entry.last_number, entry.problem) != before:
-                        return entry
-                await asyncio.sleep(0.005)
+    async def write(self, name: str, source: str) -> Entry | None:
+        """Change a file the way an editor does, and wait until the change serves or is refused.
 
-    def _known(self, name: str) -> bool:
-        return any(entry.name == name for entry in self.host.plugins.entries)
+        None, at once, when *name* is not a plugin's `.py` or `.toml`: nothing comes of such a file by itself.
+        """
+        plugin, _, ending = name.partition("/")[0].rpartition(".")
+        plugin = plugin or ending
+        heard = asyncio.Event()
+        stop = self.host.events.listen(lambda event: heard.set() if _is_outcome(event, plugin) else None)
+        try:
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh = target.with_name(f".{target.name}.new")
+            fresh.write_text(source)
+            fresh.replace(target)
+            if "/" not in name and ending not in ("py", "toml"):
+                return None
+            async with asyncio.timeout(10.0):
+                await heard.wait()
+        finally:
+            stop()
+        return self.host.plugins.entry(plugin)
+
+
+def _is_outcome(event: Mapping[str, Any], plugin: str) -> bool:
+    kinds = ("plugin_loaded", "plugin_swapped", "plugin_failed", "plugin_configured", "plugin_waiting")
+    return event["kind"] in kinds and event.get("plugin") == plugin
 
 
 @contextlib.asynccontextmanager

@@ -52,7 +52,9 @@ KINDS = {
         lambda n: f"{HEAD}X = {n}\n@hookimpl\nasync def respond(turn, colour):\n    return ''\n", "hooks", "colour", 4
     ),
     "sync hook": Bad(lambda n: f"{HEAD}X = {n}\n@hookimpl\ndef respond(turn):\n    return ''\n", "hooks", "async", 4),
-    "setup raises": Bad(with_hook("setup(ctx)", "raise ValueError('no (really) key')"), "setup", "no (really) key", LAST),
+    "setup raises": Bad(
+        with_hook("setup(ctx)", "raise ValueError('no (really) key')"), "setup", "no (really) key", LAST
+    ),
     "setup hangs": Bad(with_hook("setup(ctx)", "await __import__('asyncio').Event().wait()"), "setup", "100 ms", 0),
     "setup exits": Bad(with_hook("setup(ctx)", "__import__('sys').exit(3)"), "setup", "SystemExit: 3", LAST),
     "probe fails": Bad(with_hook("probe(ctx)", "assert 1 == 2, 'not fit'"), "probe", "not fit", LAST),
@@ -74,11 +76,11 @@ async def check_refusals(
     """*spoil* and *mend* in turns: after each the failure is told in full, the old one answered, the fix serves."""
     path = str(desk.folder / "bot.py")
     for number in range(1, ROUNDS + 1):
-        first = len(seen.replies)
+        mended = time.monotonic()
         await spoil(number)
         await wait_until(lambda number=number: len(named(desk, "plugin_failed")) == number, f"failure {number}")
         await seen.wait_more(3)
-        assert set(seen.generations[first:]) == {number}, "only the old generation answered"
+        assert seen.generations_since(mended) == {number}, "only the old generation answered"
         failed = named(desk, "plugin_failed")[-1]
         shown = await desk.plugin("bot")
         assert failed["step"] == shown["error"]["step"] == bad.step, failed
@@ -92,8 +94,7 @@ async def check_refusals(
         await desk.wait_event("plugin_swapped", plugin="bot", generation=number + 1)
         assert (await desk.plugin("bot"))["error"] is None
     await seen.wait_more(3)
-    assert seen.generations == sorted(seen.generations)
-    assert seen.generations[-1] == ROUNDS + 1
+    assert max(seen.generations) == seen.generations[-1] == ROUNDS + 1
 
 
 @pytest.mark.slow
@@ -118,7 +119,7 @@ async def test_a_half_written_update_that_stays_half_is_refused(start_desk: Star
     """A writer that stops in the middle for good: the half is refused like a syntax error, and the rest mends it."""
     desk = await start_desk({"bot.py": good(1)})
     path = desk.folder / "bot.py"
-    bad = Bad(lambda n: "", "parse", "SyntaxError", None)
+    bad = Bad(lambda n: "", "parse", "IndentationError", None)
 
     async def spoil(number: int) -> None:
         whole = good(number + 1)
@@ -156,7 +157,6 @@ async def test_a_name_clash_changes_nothing(start_desk: StartDesk) -> None:
             await wait_until(clean, "the clash is forgotten")
         await seen.wait_more(3)
     assert all(int(text) > 0 for text in seen.texts)
-    assert seen.generations == sorted(seen.generations)
 
 
 async def test_a_bad_update_leaves_nothing_of_itself(start_desk: StartDesk) -> None:

@@ -162,8 +162,9 @@ async def test_call_next_runs_once(start_desk: StartDesk) -> None:
     """A second `call_next()` raises in the middleware; the first one's answer is what the visitor gets."""
     desk = await start_desk(
         {
-            "echo.py": echo(1).replace("    return", "    turn.conversation.state['n'] = 1 + "
-            "turn.conversation.state.get('n', 0)\n    return"),
+            "echo.py": echo(1).replace(
+                "    return", "    turn.conversation.state['n'] = 1 + turn.conversation.state.get('n', 0)\n    return"
+            ),
             "twice.py": layer("await call_next()", "return await call_next()"),
         }
     )
@@ -296,7 +297,9 @@ async def test_a_new_generation_has_a_closed_breaker(start_desk: StartDesk) -> N
 
 async def test_a_plugin_that_blocks_the_loop_is_named(start_desk: StartDesk) -> None:
     """A call that holds the loop for over 100 ms is an event with the plugin's name, the time and its stack."""
-    source = f"{HEAD}def dawdle():\n    time.sleep(0.3)\n@hookimpl\nasync def respond(turn):\n    dawdle()\n    return 'x'\n"
+    source = (
+        f"{HEAD}def dawdle():\n    time.sleep(0.3)\n@hookimpl\nasync def respond(turn):\n    dawdle()\n    return 'x'\n"
+    )
     desk = await start_desk({"sleepy.py": source})
     assert await desk.reply() == "x"
     stalled: dict[str, Any] = await desk.wait_event("loop_stalled", plugin="sleepy")

@@ -43,8 +43,10 @@ async def test_a_generation_that_fails_half_its_calls_is_rolled_back(start_desk:
 
 async def test_a_swap_back_brings_the_very_generation_back(start_desk: StartDesk) -> None:
     """While it stands by, the old generation itself serves again: its number, its memory."""
-    counting = echo(1).replace("VERSION = 1", "VERSION = 1\nSEEN = []").replace(
-        "return f'{VERSION}: {turn.text}'", "SEEN.append(1); return f'{VERSION}: {len(SEEN)}'"
+    counting = (
+        echo(1)
+        .replace("VERSION = 1", "VERSION = 1\nSEEN = []")
+        .replace("return f'{VERSION}: {turn.text}'", "SEEN.append(1); return f'{VERSION}: {len(SEEN)}'")
     )
     desk = await start_desk({"echo.py": counting}, standby_s=5.0)
     assert [await desk.reply(), await desk.reply()] == ["1: 1", "1: 2"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,23 +19,31 @@ PAUSE_S = 0.01
 
 @dataclass
 class Traffic:
-    """Replies in the order in which they came, as (text, plugin, generation); and everything that was no reply."""
+    """Replies in the order in which they came, as (text, generation, when sent); and everything that was no reply."""
 
-    replies: list[tuple[str, str, int]] = field(default_factory=list)
+    replies: list[tuple[str, int, float]] = field(default_factory=list)
     problems: list[Any] = field(default_factory=list)
 
     @property
     def texts(self) -> list[str]:
-        return [text for text, _, _ in self.replies]
+        return [text for text, *_ in self.replies]
 
     @property
     def generations(self) -> list[int]:
-        return [generation for _, _, generation in self.replies]
+        return [generation for _, generation, _ in self.replies]
+
+    def generations_since(self, moment: float) -> set[int]:
+        """Who answered what was sent after *moment*."""
+        return {generation for _, generation, sent in self.replies if sent > moment}
 
     async def wait_more(self, count: int = 5) -> None:
-        """Wait for *count* further messages to be answered."""
-        goal = len(self.replies) + count
-        await wait_until(lambda: len(self.replies) >= goal or self.problems, f"{count} more answers")
+        """Wait for *count* messages that are sent from now on to be answered."""
+        now = time.monotonic()
+
+        def answered() -> bool:
+            return bool(self.problems) or sum(sent > now for *_, sent in self.replies[-100:]) >= count
+
+        await wait_until(answered, f"{count} more answers")
         assert not self.problems
 
 
@@ -46,12 +55,13 @@ async def traffic(desk: Desk, senders: int = 3, pause_s: float = PAUSE_S) -> Asy
 
     async def send(number: int) -> None:
         while not stop.is_set():
+            sent = time.monotonic()
             try:
                 body = await desk.say("hello", f"traffic-{number}")
             except Exception as exc:
                 seen.problems.append(exc)
                 return
-            seen.replies += [(r["text"], r["plugin"], r["generation"]) for r in body["replies"]]
+            seen.replies += [(r["text"], r["generation"], sent) for r in body["replies"]]
             if not body["replies"] or "error" in body:
                 seen.problems.append(body)
             with contextlib.suppress(TimeoutError):

@@ -93,8 +93,13 @@ class Backend(Protocol):
     url: str
     durability: str
 
-    def append(self, message: Message, *, channel: str, locale: str | None) -> asyncio.Future[Appended]:
-        """Keep *message* (its seq is 0) unless its id is known in its conversation; on disk when it resolves."""
+    def append(
+        self, message: Message, *, channel: str, locale: str | None, given: bool = True
+    ) -> asyncio.Future[Appended]:
+        """Keep *message* (its seq is 0) unless its id is known in its conversation; on disk when it resolves.
+
+        *given* False says that the id was made by this host, so it can't be a repeat and need not be looked for.
+        """
 
     def finish(self, end: TurnEnd) -> asyncio.Future[tuple[StoredReply, ...] | None]:
         """End a turn. Resolves to its replies with their seq; None when the turn had ended before: nothing was kept."""

@@ -32,9 +32,10 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (conversation, seq)
     ) WITHOUT ROWID;
     CREATE UNIQUE INDEX message_ids ON journal (conversation, id) WHERE kind = 0;
+    -- Turns that have not ended: few, however long the journal is, and read whole at the start.
     CREATE TABLE open_turns (
-        conversation INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (conversation, seq)
-    ) WITHOUT ROWID;
+        id INTEGER PRIMARY KEY, conversation INTEGER NOT NULL, seq INTEGER NOT NULL
+    );
     CREATE TABLE deliveries (
         conversation INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (conversation, seq)
     ) WITHOUT ROWID;

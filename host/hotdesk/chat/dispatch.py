@@ -164,7 +164,9 @@ class Dispatch:
             turn.pending.clear()
             raise
         if turn.pending:
-            return Reply(chunks=self._driven(slot, hook, turn, driver))
+            streamed = Reply()
+            streamed.chunks = self._driven(slot, hook, turn, driver, streamed)
+            return streamed
         if driver.result is None:
             return None
         reply = self._reply(slot, hook, driver.result)
@@ -179,7 +181,10 @@ class Dispatch:
             return reply
         return None
 
-    async def _driven(self, slot: Slot, hook: BoundHook, turn: TurnRun, driver: _Driver) -> AsyncIterator[str]:
+    async def _driven(
+        self, slot: Slot, hook: BoundHook, turn: TurnRun, driver: _Driver, reply: Reply
+    ) -> AsyncIterator[str]:
+        """What `turn.stream()` was given, and then the rest of what was returned, so that every layer sees all of it."""
         said: list[str] = []
         try:
             while True:
@@ -197,15 +202,12 @@ class Dispatch:
         last = self._reply(slot, hook, driver.result)
         if last is None:
             return
-        turn.final_metadata = last.metadata
+        reply.metadata.update(last.metadata)
         if last.chunks is not None:
             async for chunk in self._guarded(slot, hook, turn, last.chunks):
                 yield chunk
-        elif last.text.startswith(before := "".join(said)):
-            if rest := last.text[len(before) :]:
-                yield rest
-        else:
-            turn.replaced = last.text
+        elif rest := last.text.removeprefix("".join(said)):
+            yield rest
 
     async def _guarded(
         self, slot: Slot, hook: BoundHook, turn: TurnRun, chunks: AsyncIterator[str]

@@ -16,6 +16,7 @@ from hotdesk_sdk import Message
 
 from ..backend import Backend, Entry
 from ..errors import BackendUnavailable
+from ..logs import get_log
 from ..runtime.guards import host_task
 
 __all__ = ["Event", "Outbox", "Reader", "Sink"]
@@ -158,4 +159,7 @@ class Outbox:
 
     def tell(self, conversation: str, event: Event) -> None:
         for reader in tuple(self._readers.get(conversation, ())):
-            reader.hear(event)
+            try:
+                reader.hear(event)
+            except Exception as exc:  # a door's fault ends what it tells one reader, not the turn that tells it
+                get_log().error("reader_failed", conversation=conversation, exc_info=exc)

@@ -121,12 +121,10 @@ class TurnRun:
         "attempt",
         "clock",
         "ended",
-        "final_metadata",
         "message",
         "pending",
         "record",
         "refused",
-        "replaced",
         "rerun",
         "shown",
         "started",
@@ -152,8 +150,6 @@ class TurnRun:
         self.pending: list[str] = []
         self.streaming = False
         self.shown = 0
-        self.replaced: str | None = None
-        self.final_metadata: dict[str, Any] | None = None
         self.ended: Ended | None = None
         self.waiters: list[asyncio.Future[Ended | None]] | None = None
         self.watchers: list[Callable[[Event], None]] | None = None
@@ -198,7 +194,7 @@ class TurnRun:
         """Forget what an aborted run did."""
         self.attempt += 1
         self.text = self.message.text
-        self.answered_by = self.rerun = self.refused = self.replaced = self.final_metadata = None
+        self.answered_by = self.rerun = self.refused = None
         self.pending = []
         self._conversation = None
 

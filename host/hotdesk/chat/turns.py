@@ -189,16 +189,18 @@ class Turns:
                 parts.append(chunk)
         except (CallFailed, TurnAborted) as exc:
             error = ("stream_cut", str(exc) or "the stream was aborted")
-        metadata = turn.final_metadata or reply.metadata
+        metadata = reply.metadata
         if error is not None:
             metadata = {**metadata, "cut": True}
-        text = "".join(parts) if turn.replaced is None else turn.replaced
-        return (text if parts else None), metadata, error
+        return ("".join(parts) if parts else None), metadata, error
 
     def _tell(self, turn: TurnRun, event: Event) -> None:
         if turn.watchers is not None:
             for watcher in tuple(turn.watchers):
-                watcher(event)
+                try:
+                    watcher(event)
+                except Exception as exc:  # as in the outbox: a door's fault is not the turn's
+                    self._log.error("watcher_failed", conversation=turn.message.conversation, exc_info=exc)
         self._outbox.tell(turn.message.conversation, event)
 
     async def _end(

@@ -68,6 +68,7 @@ class Generation:
         "state",
         "stray_tasks",
         "stray_timers",
+        "strays",
         "tools",
     )
 
@@ -89,6 +90,7 @@ class Generation:
         self.first_answer: Callable[[], None] | None = None
         self.stray_tasks: Any = None
         self.stray_timers: Any = None
+        self.strays: list[tuple[str, Any]] = []
 
     def move(self, to: PluginState) -> None:
         """The one way from state to state. Raises `ValueError` on a move that makes no sense."""

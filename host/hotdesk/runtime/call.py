@@ -26,7 +26,7 @@ TICK_S = 0.02
 ABANDON_S = 1.0
 """How long a call may ignore its cancellation before its turn goes on without it."""
 
-monotonic = time.monotonic
+monotonic, current_task = time.monotonic, asyncio.current_task
 
 
 class Clock:
@@ -110,9 +110,9 @@ class Calls:
                 "was not called: its breaker is open",
             )
         me = object()
-        outer_deadline, outer_call = clock.deadline, clock.call
+        outer_deadline, outer_call, outer_task = clock.deadline, clock.call, clock.task
         generation = slot.generation
-        clock.call = me
+        clock.call, clock.task = me, current_task()  # a middleware may await what is further in from a task of its own
         clock.deadline = start + slot.timeout_s
         token = CURRENT.set(generation)
         try:
@@ -134,7 +134,7 @@ class Calls:
         finally:
             CURRENT.reset(token)
             now = monotonic()
-            clock.call = outer_call
+            clock.call, clock.task = outer_call, outer_task
             hook.stats.observe(slot.timeout_s - (clock.deadline - now))  # what further calls took was added back
             clock.deadline = outer_deadline + (now - start)
         if clock.expired is me:

@@ -40,11 +40,13 @@ class CapabilityDoors:
 class PluginKv:
     """See `hotdesk_sdk.Kv`. Keys are at most 512 characters, values at most 1 MiB as JSON."""
 
-    def __init__(self, plugin: str, store: KvStore) -> None:
+    def __init__(self, plugin: str, store: KvStore, admit: Callable[[], None]) -> None:
         self._plugin = plugin
         self._store = store
+        self._admit = admit
 
     async def get(self, key: str, default: Any = None) -> Any:
+        self._admit()
         value = await self._store.kv_get(self._plugin, self._checked(key))
         return default if value is None else msgspec.json.decode(value)
 
@@ -52,12 +54,15 @@ class PluginKv:
         encoded = msgspec.json.encode(value)
         if len(encoded) > MAX_VALUE_BYTES:
             raise ValueError(f"kv value of {key!r} has {len(encoded)} bytes as JSON; the limit is {MAX_VALUE_BYTES}")
+        self._admit()
         await self._store.kv_set(self._plugin, self._checked(key), encoded)
 
     async def delete(self, key: str) -> None:
+        self._admit()
         await self._store.kv_set(self._plugin, self._checked(key), None)
 
     async def keys(self, prefix: str = "") -> list[str]:
+        self._admit()
         return await self._store.kv_keys(self._plugin, prefix)
 
     @staticmethod
@@ -105,6 +110,7 @@ class PluginHttp:
         names = {f"http:{parts.hostname}", f"http:{parts.netloc.rpartition('@')[2]}"}
         capability = next((c for c in asked if c in names), f"http:{parts.hostname}")
         self._ctx._need(capability)
+        self._ctx._scope.admit("ctx.http")
         if self._session is None:
             self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
         async with self._session.request(

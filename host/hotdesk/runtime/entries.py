@@ -13,7 +13,7 @@ from hotdesk_sdk import HotdeskError
 from ..config import PluginSettings
 from ..errors import LoadFailed
 from .active import Breaker, Generation, PluginState, Slot
-from .sources import Bundle, Signature, Source
+from .sources import Bundle, Signature, SignatureRow, Source
 
 __all__ = ["Entry", "Kept", "Problem", "Receipt"]
 
@@ -81,9 +81,9 @@ class Receipt:
         }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
-    """One plugin by name."""
+    """One plugin by name; itself and no other, so that a name which was forgotten and came back is told apart."""
 
     name: str
     source: Source | None = None
@@ -93,12 +93,19 @@ class Entry:
     last_number: int = 0
     loading: bool = False
     waiting_for: str | None = None
+    wants: tuple[str, ...] = ()
+    """What the newest version requires, also where it does not serve."""
     problem: Problem | None = None
     receipt: Receipt | None = None
     pending: bool = False
     """A change that was seen and waits for a command (`watch = "pending"`)."""
     disabled: bool = False
     seen: Signature | None = None
+    """What stat said of all its sources when it was last looked at."""
+    read: dict[str, SignatureRow] = field(default_factory=dict)
+    """What stat said of each file when it was last read as a version."""
+    whole: set[SignatureRow] = field(default_factory=set)
+    """Files that came by rename since, so that nobody is still writing them."""
     refused: str | None = None
     """The digest of what was rolled back from: the same bytes are not loaded again by the watch."""
     kept: deque[Kept] = field(default_factory=deque)

@@ -24,7 +24,7 @@ from .capabilities import CapabilityDoors
 from .entries import merged, slot_for
 from .plugin_metrics import PluginMetrics
 from .python import PythonLoader, bind_hooks
-from .release import Baseline, Leftover, Release
+from .release import Leftover, Release
 from .scope import Context, Scope, Sender
 from .sources import Bundle
 
@@ -44,10 +44,9 @@ class Prepared:
 class _Inside:
     """What the host keeps beside a generation; gone with it."""
 
-    module: ModuleType
+    module: ModuleType | None
     ctx: Context
     scope: Scope
-    noted: dict[str, list[Any]]
 
 
 class Maker:
@@ -100,9 +99,7 @@ class Maker:
         generation.move(PluginState.LOADING)
         log = self._log.bind(plugin=generation.plugin, generation=number)
         generation.scope = scope = Scope(generation, log)
-        before = Baseline()
         started = time.monotonic()
-        module = await self._loader.load(generation, self._setup_timeout_s)
         ctx = Context(
             generation,
             scope=scope,
@@ -114,19 +111,16 @@ class Maker:
             modules=modules,
             log=log,
         )
-        inside = self._inside[generation] = _Inside(module, ctx, scope, {})
-        slot = slot_for(generation, settings, breaker)
-        made = Prepared(generation, slot, module)
+        inside = self._inside[generation] = _Inside(None, ctx, scope)
         try:
-            generation.hooks = bind_hooks(generation, module, ctx, self._metrics.call_stats)
+            inside.module = await self._loader.load(generation, self._setup_timeout_s)
+            generation.hooks = bind_hooks(generation, inside.module, ctx, self._metrics.call_stats)
             steps["load_ms"] = (time.monotonic() - started) * 1000
             await self._bring_up(generation, old, steps)
         except BaseException:
-            inside.noted = self.release.note_loaded(generation, before)
-            await self.discard(made)
+            await self._undo(generation)
             raise
-        inside.noted = self.release.note_loaded(generation, before)
-        return made
+        return Prepared(generation, slot_for(generation, settings, breaker), inside.module)
 
     async def _bring_up(self, generation: Generation, old: Generation | None, steps: dict[str, float]) -> None:
         started = time.monotonic()
@@ -135,7 +129,7 @@ class Maker:
             state = await self._lifecycle(old, "export_state")
             try:
                 state = msgspec.json.decode(msgspec.json.encode(state))
-            except (TypeError, ValueError) as exc:
+            except (TypeError, ValueError, RecursionError) as exc:
                 raise LoadFailed(generation.plugin, "export_state", f"the old state is not JSON-able: {exc}") from exc
             await self._lifecycle(generation, "import_state", state, old.manifest.version)
         tools = await self._lifecycle(generation, "tools") or []
@@ -163,7 +157,8 @@ class Maker:
             return await self._calls.call(slot, hook, clock, hook.call, *args)
         except CallFailed as exc:
             file, line = _where(exc, generation)
-            raise LoadFailed(generation.plugin, name, exc.problem.partition(" (")[0], file=file, line=line) from None
+            problem = exc.problem.removesuffix(f" ({file}:{line})")
+            raise LoadFailed(generation.plugin, name, problem, file=file, line=line) from None
         finally:
             self._calls.stop(clock)
 
@@ -189,7 +184,7 @@ class Maker:
     def grant(self, generation: Generation, settings: PluginSettings) -> None:
         self._inside[generation].ctx.granted = frozenset(settings.grant)
 
-    def module_of(self, generation: Generation) -> ModuleType:
+    def module_of(self, generation: Generation) -> ModuleType | None:
         return self._inside[generation].module
 
     def plugin_of(self, module_name: str | None) -> str | None:
@@ -199,15 +194,24 @@ class Maker:
                 return generation.plugin
         return None
 
-    def pause(self, generation: Generation, paused: bool) -> None:
-        """Let a generation's timed jobs rest, or go on."""
-        generation.scope.pause(paused)
+    def hand_over(self, old: Generation | None, new: Generation) -> None:
+        """Let the timed jobs of *new* run instead of those of *old*: never both at once."""
+        if old is not None:
+            old.scope.pause()
+        new.scope.take_over(old.scope.jobs if old is not None else None)
+
+    def pause(self, generation: Generation) -> None:
+        """Let a generation's timed jobs rest."""
+        generation.scope.pause()
 
     async def discard(self, made: Prepared) -> None:
         """Undo a generation that never served."""
-        generation = made.generation
+        await self._undo(made.generation)
+
+    async def _undo(self, generation: Generation) -> None:
         generation.move(PluginState.FAILED)
-        await self._release(generation, drained=True)
+        for what in await self._release(generation, drained=True):
+            self._log.info("plugin_undone", plugin=generation.plugin, generation=generation.number, what=what)
         generation.move(PluginState.CLOSED)
 
     async def end(self, generation: Generation, *, drained: bool) -> list[str]:
@@ -224,7 +228,7 @@ class Maker:
         if inside is None:
             return []
         problems = await inside.scope.aclose()
-        left: list[Leftover] = await self.release.sweep(generation, inside.noted)
+        left: list[Leftover] = await self.release.sweep(generation, clear=drained)
         return [*problems, *map(str, left)]
 
 

@@ -1,4 +1,4 @@
-"""Metrics of plugins: made through `ctx.metric`, or caught when a plugin puts one on the global registry.
+"""Metrics of plugins, made through `ctx.metric`.
 
 Two generations overlap for a moment, so a metric outlives the one that opened it first: it goes when its last
 user has gone.
@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-__all__ = ["PluginMetric", "PluginMetrics", "strip_global_registry"]
+__all__ = ["PluginMetric", "PluginMetrics"]
 
 _KINDS: dict[str, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -76,17 +76,3 @@ class PluginMetrics:
                 self._registry.unregister(current)
 
         return PluginMetric(metric, bool(labels)), let_go
-
-
-_OWN = frozenset(REGISTRY._collector_to_names)  # prometheus-client has no public listing of a registry
-"""The collectors that prometheus-client itself puts on the global registry."""
-
-
-def strip_global_registry() -> list[str]:
-    """Take off the global registry what plugins put there, so that their next generation can; return the names."""
-    names = []
-    for collector, owned in list(REGISTRY._collector_to_names.items()):
-        if collector not in _OWN:
-            REGISTRY.unregister(collector)
-            names.append(min(owned, default="metric"))
-    return names

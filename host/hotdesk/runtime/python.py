@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import itertools
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -179,7 +180,9 @@ def bind_hooks(
         manager.register(module, name=generation.plugin)
         manager.check_pending()
     except pluggy.PluginValidationError as exc:
-        raise _wrong(generation, module, "hooks", str(exc).strip().splitlines()[-1], None) from None
+        named = re.search(r"hook '(\w+)'", str(exc))
+        function = getattr(module, named[1], None) if named else None
+        raise _wrong(generation, module, "hooks", str(exc).strip().splitlines()[-1], function) from None
     hooks: dict[str, BoundHook] = {}
     for name in HOOKS:
         for impl in getattr(manager.hook, name).get_hookimpls():

@@ -17,15 +17,14 @@ import sys
 import threading
 import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from .active import Generation
-from .plugin_metrics import strip_global_registry
 from .python import PREFIX, PythonLoader
 
-__all__ = ["Baseline", "Leftover", "Release", "describe_holders"]
+__all__ = ["Leftover", "Release", "describe_holders"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +37,6 @@ class Leftover:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.what}" + ("" if self.freed else " (still there)")
-
-
-@dataclass(slots=True)
-class Baseline:
-    """Which handlers and threads there were before a generation was loaded; the difference is its own."""
-
-    handlers: set[int] = field(default_factory=lambda: {id(handler) for _, handler in _handlers()})
-    threads: set[int] = field(default_factory=lambda: {id(thread) for thread in threading.enumerate()})
 
 
 def _loggers() -> list[logging.Logger]:
@@ -73,39 +64,24 @@ class Release:
         """How many released generations something still holds, as far as is known without a collection."""
         return sum(1 for refs in self._watched.values() if any(ref() is not None for ref in refs))
 
-    def note_loaded(self, generation: Generation, before: Baseline) -> dict[str, list[Any]]:
-        """What *generation* registered while it was loaded: kept by the caller until `sweep`."""
-        strip = strip_global_registry()
-        return {
-            "handlers": [pair for pair in _handlers() if id(pair[1]) not in before.handlers],
-            "threads": [
-                weakref.ref(thread)
-                for thread in threading.enumerate()
-                if id(thread) not in before.threads and _is_foreign(thread)
-            ],
-            "metrics": strip,
-        }
+    async def sweep(self, generation: Generation, *, clear: bool) -> list[Leftover]:
+        """Take away what *generation* left at the known roots, and let go of its modules.
 
-    async def sweep(self, generation: Generation, noted: dict[str, list[Any]]) -> list[Leftover]:
-        """Take away what *generation* left at the known roots, and let go of its modules."""
+        With *clear* the modules are emptied too, unless something that could not be freed still runs on them.
+        """
         left: list[Leftover] = []
         left += await _cancel_tasks(generation)
         left += _cancel_timers(generation)
         prefix = generation.module_name
-        for logger, handler in _handlers():
-            if (logger, handler) in noted.get("handlers", []) or _owned(type(handler), prefix):
-                logger.removeHandler(handler)
-                handler.close()
-                left.append(Leftover("logging handler", f"{type(handler).__name__} on '{logger.name}'", True))
-        left += [Leftover("metric", name, True) for name in noted.get("metrics", []) + strip_global_registry()]
-        left += await _end_threads(noted.get("threads", []), prefix)
-        noted.clear()
+        strays, generation.strays = generation.strays, []
+        left += _remove_handlers([item for kind, item in strays if kind == "logging handler"], prefix)
+        left += [Leftover("metric", name, True) for kind, name in strays if kind == "metric"]
+        left += _unregister_atexit([item for kind, item in strays if kind == "atexit"])
+        left += await _end_threads([item for kind, item in strays if kind == "thread"], prefix)
+        strays.clear()
         modules = [m for key, m in list(sys.modules.items()) if key == prefix or key.startswith(prefix + ".")]
         self._loader.forget(prefix)
         objects = [value for module in modules for value in _own_objects(module, prefix)]
-        for value in objects:
-            if isinstance(value, FunctionType):
-                atexit.unregister(value)
         left += self._sweep_singledispatch(prefix)
         for path in generation.bundle.paths:
             linecache.cache.pop(path, None)
@@ -113,7 +89,7 @@ class Release:
         generation.hooks = {}
         generation.tools = []
         generation.routes = None
-        clear = not any(not item.freed for item in left)
+        clear = clear and all(item.freed for item in left)
         del objects
         for module in modules:
             if clear:
@@ -178,8 +154,24 @@ def _own_objects(module: ModuleType, prefix: str) -> list[Any]:
     ]
 
 
-def _is_foreign(thread: threading.Thread) -> bool:
-    return not thread.name.startswith(("load-", "hotdesk-", "asyncio_", "ThreadPoolExecutor", "AnyIO"))
+def _remove_handlers(added: list[tuple[logging.Logger, logging.Handler]], prefix: str) -> list[Leftover]:
+    left = []
+    for logger, handler in _handlers():
+        if (logger, handler) in added or _owned(type(handler), prefix):
+            logger.removeHandler(handler)
+            handler.close()
+            left.append(Leftover("logging handler", f"{type(handler).__name__} on '{logger.name}'", True))
+    return left
+
+
+def _unregister_atexit(functions: list[Any]) -> list[Leftover]:
+    left = []
+    for function in functions:
+        before = atexit._ncallbacks()  # the one way to know whether it was still there
+        atexit.unregister(function)
+        if atexit._ncallbacks() < before:
+            left.append(Leftover("atexit", f"'{getattr(function, '__qualname__', function)}'", True))
+    return left
 
 
 async def _cancel_tasks(generation: Generation) -> list[Leftover]:

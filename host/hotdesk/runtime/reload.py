@@ -1,57 +1,51 @@
 """Makes plugins come, change and go: beside what serves, then by one assignment. See design section 4, "a swap".
 
-`Plugins` owns the entries and decides; `generations.Maker` builds a generation and `release.Release` ends one.
-Each plugin's changes run one at a time under its own lock, taken after those of what it requires.
+`Plugins` owns the entries and decides. `generations.Maker` builds a generation, `retirement.Retirement` sees one off,
+`rollback.Rollback` goes back. Each plugin's changes run one at a time under its own lock, taken after those of what
+it requires.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from hotdesk_sdk import HotdeskError
 
-from ..config import Config, PluginSettings, read_plugin_settings
-from ..errors import CallFailed, ConfigError, LoadFailed, UnknownPlugin
+from ..config import Config, PluginSettings
+from ..errors import LoadFailed, UnknownPlugin
 from ..logs import Logger
 from ..metrics import Metrics
-from .active import Active, Breaker, Generation, PluginState, Slot, users_of, wait_drained
+from .active import Active, Generation, PluginState, Slot
 from .call import Calls
-from .entries import Entry, Kept, Problem, Receipt, merged, slot_for
+from .entries import Entry, Kept, merged, slot_for
 from .events import Events
 from .generations import Maker, Prepared
 from .guards import host_task
-from .release import describe_holders
-from .sources import Bundle, Source, find_entry_points, find_sources, name_of, settle, signature
-from .watch import Watch
+from .ledger import Ledger
+from .places import Places, joined
+from .requirements import dependants_of, find_circle, missing_of
+from .retirement import Retirement
+from .rollback import NothingToRollBackTo, Rollback
+from .settings_file import follow_settings
+from .sources import Bundle, Signature, Source, find_entry_points, settle
+from .watch import Changes, Watch
 
-__all__ = ["NothingToRollBackTo", "Plugins"]
+__all__ = ["NothingToRollBackTo", "PluginDisabled", "Plugins"]
 
-SETTINGS_POLL_S = 0.25
-"""How often the settings file is looked at. Its folder often holds the data folder, whose events would flood us."""
-
-ROOM_S = 0.1
-"""How long a load waits for the generation before last to be gone: at a quick series of saves no more than three live."""
-
-
-class NothingToRollBackTo(HotdeskError):
-    """A rollback of a plugin that has no earlier version, or not the one that was asked for."""
-
-    def __init__(self, name: str, to: int | None = None) -> None:
-        which = "earlier version" if to is None else f"generation {to}"
-        super().__init__(f"plugin '{name}' has no {which} to go back to")
+MAX_TRIES = 5
+"""How often a load begins anew because what it requires, or what requires it, changed meanwhile."""
 
 
-@dataclass(slots=True)
-class Standby:
-    """The generations that one swap replaced, ready to serve again until `over` is set."""
+class PluginDisabled(HotdeskError):
+    """A command that would load a plugin which the operator disabled."""
 
-    pairs: list[tuple[Entry, Slot | None, Generation]]
-    over: asyncio.Event
+    def __init__(self, name: str) -> None:
+        super().__init__(f"plugin '{name}' is disabled; enable it first")
 
 
 class Plugins:
@@ -71,56 +65,82 @@ class Plugins:
     ) -> None:
         self._config = config
         self._active = active
-        self._calls = calls
         self._maker = maker
-        self._metrics = metrics
-        self._events = events
         self._log = log
         self._remember = remember
-        self._roots = [Path(folder).absolute() for folder in config.plugins]
+        self._events = events
+        self._places = Places(config.plugins)
         self._settings = dict(config.plugin_settings)
         self._overrides: dict[str, bool] = {}
         self._entries: dict[str, Entry] = {}
-        self._standbys: dict[str, Standby] = {}
+        self._numbers: dict[str, int] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._rollbacks: dict[str, asyncio.Task[Any]] = {}
-        self._drain_wakes: dict[Generation, asyncio.Event] = {}
+        self._updates: set[asyncio.Task[Any]] = set()
         self._watch: Watch | None = None
+        self._following: asyncio.Task[Any] | None = None
+        self._started = False
         self._closing = False
-        active.drained = self._wake_drain
-        calls.on_failure = self._on_probation_failure
-        calls.on_probation_over = self._on_probation_over
+        self._ledger = Ledger(config, metrics, events)
+        self._retirement = Retirement(config, maker=maker, ledger=self._ledger, spawn=self._spawn)
+        self._rollback = Rollback(
+            self._entries,
+            active=active,
+            maker=maker,
+            ledger=self._ledger,
+            retirement=self._retirement,
+            load=self._load_kept,
+            reslot=self._newest_slot,
+            spawn=self._spawn,
+        )
+        active.drained = self._retirement.wake_drain
+        calls.on_failure = self._rollback.on_failure
+        calls.on_probation_over = self._rollback.on_probation_over
 
     # -- life ------------------------------------------------------------------------------------------------
 
     async def start(self, overrides: dict[str, bool]) -> None:
         """Load everything there is, requirements first, then watch."""
         self._overrides = dict(overrides)
-        for root in self._roots:
-            if not root.is_dir():
-                raise ConfigError("plugins", str(root), "start", "there is no such folder; `hotdesk init` makes one")
-        self._discover()
-        await asyncio.gather(*(self._update(name, time.monotonic()) for name in list(self._entries)))
-        self._warn_of_cycles()
+        self._places.check()
+        for source in find_entry_points().values():
+            entry = self._entry_for(source.name if isinstance(source, Source) else source.plugin)
+            if isinstance(source, Source):
+                entry.source = source
+            elif not entry.disabled:
+                self._ledger.note_failed(entry, source)
+        for name in self._places.names():
+            self._entry_for(name)
+        for entry in list(self._entries.values()):
+            if entry.problem is None:
+                self._begin_update(entry)
+        while self._updates:  # what waits for another is begun by that one
+            await asyncio.wait(self._updates)
+        self._started = True
         if self._config.watch != "frozen":
             self._watch = Watch(
-                self._roots, changed=self._changed, sweep=self._sweep, log=self._log, poll=self._config.watch_poll
+                self._places.roots,
+                changed=self._changed,
+                sweep=self._sweep,
+                log=self._log,
+                poll=self._config.watch_poll,
             )
             await self._watch.start()
         if self._config.file:
-            self._spawn(self._follow_settings(Path(self._config.file)))
+            self._following = self._spawn(follow_settings(Path(self._config.file), self._take_settings, self._events))
 
     async def aclose(self) -> None:
-        """Stop watching, then end every generation: those that require others first."""
+        """Stop watching, give up what is being loaded, then end every generation: those that require others first."""
         self._closing = True
         if self._watch is not None:
             await self._watch.aclose()
-        for standby in list(self._standbys.values()):
-            standby.over.set()
-        current = [entry for entry in self._entries.values() if entry.current is not None]
-        current.sort(key=lambda entry: len(self._requirements(entry.name)), reverse=True)
-        for entry in current:
-            self._unload(entry)
+        loading = {*self._updates, *([self._following] if self._following else ())}
+        for task in loading:
+            task.cancel()
+        await asyncio.gather(*loading, return_exceptions=True)
+        self._retirement.close()
+        for entry in sorted(self._entries.values(), key=lambda entry: bool(entry.wants)):
+            if entry.current is not None:
+                self._unload(entry)
         while waiting := [task for task in self._tasks if task is not asyncio.current_task()]:
             done, late = await asyncio.wait(waiting, timeout=self._config.stop_timeout_s)
             if not done:
@@ -146,197 +166,208 @@ class Plugins:
 
     # -- seeing a change -------------------------------------------------------------------------------------
 
-    def _discover(self) -> None:
-        for source in find_entry_points().values():
-            name = source.name if isinstance(source, Source) else source.plugin
-            entry = self._entries.setdefault(name, Entry(name))
-            if isinstance(source, Source):
-                entry.source = source
-            else:
-                entry.problem = Problem.of(source)
-        for root in self._roots:
-            for name in find_sources(root):
-                self._entries.setdefault(name, Entry(name))
-        for entry in self._entries.values():
-            entry.disabled = not self._is_enabled(entry.name)
+    def _entry_for(self, name: str) -> Entry:
+        """The entry of *name*, a new one if need be, which counts on where an earlier one ended."""
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = Entry(name, last_number=self._numbers.get(name, 0), disabled=not self._is_enabled(name))
+            self._entries[name] = entry
+        return entry
 
-    def _changed(self, paths: set[Path]) -> None:
+    def _changed(self, changes: Changes) -> None:
         since = time.monotonic()
-        for path in paths:
-            names = {name for root in self._roots if (name := name_of(path, root))}
-            if not names:
-                self._sweep()
+        for path in changes.paths:
+            names = self._places.names_of(path)
+            if not names and (path.name.startswith("..") or not path.name.startswith((".", "_"))):
+                self._sweep()  # the link that a ConfigMap swaps, or a folder of ours: any plugin may have changed
             for name in names:
-                self._queue(name, since)
+                entry = self._entries.get(name)
+                if entry is not None and path in changes.gone:
+                    entry.read.pop(str(path), None)
+                self._queue(name, since, path if path in changes.moved else None)
 
     def _sweep(self) -> None:
         since = time.monotonic()
-        names = {name for root in self._roots for name in find_sources(root)}
-        for name in names | {entry.name for entry in self._entries.values() if entry.seen is not None}:
+        known = {entry.name for entry in self._entries.values() if entry.seen is not None}
+        for name in self._places.names() | known:
             self._queue(name, since)
 
-    def _queue(self, name: str, since: float) -> None:
-        entry = self._entries.get(name)
-        sources = self._sources_of(name)
-        if entry is None:
-            if not sources:
-                return
-            entry = self._entries[name] = Entry(name, disabled=not self._is_enabled(name))
+    def _queue(self, name: str, since: float, moved: Path | None = None) -> None:
+        """Have *name* looked at, unless it is as it was. *moved* came by rename, so its bytes are all there."""
+        found = self._places.sources_of(name)
+        if not found and name not in self._entries:
+            return
+        entry = self._entry_for(name)
+        seen = joined(found)
+        if moved is not None:
+            entry.whole |= {row for row in seen or () if row[0] == str(moved)}
         if entry.queued or self._closing:
             return
-        seen = self._signature(sources)
-        if seen == entry.seen and not (seen is None and entry.current is not None and self._from_folder(entry)):
+        if seen == entry.seen and not (seen is None and entry.current is not None and self._places.owns(entry.source)):
             return
+        self._begin_update(entry, since)
+
+    def _begin_update(self, entry: Entry, since: float | None = None, *, told: bool = False) -> None:
         entry.queued = True
-        self._spawn(self._update(name, since))
+        task = self._spawn(self._update(entry.name, time.monotonic() if since is None else since, told))
+        self._updates.add(task)
+        task.add_done_callback(self._updates.discard)
 
-    @staticmethod
-    def _signature(sources: list[Source]) -> Any:
-        return tuple(part for source in sources for part in signature(source) or ()) or None
-
-    def _from_folder(self, entry: Entry) -> bool:
-        return entry.source is not None and any(entry.source.path.is_relative_to(root) for root in self._roots)
-
-    def _sources_of(self, name: str) -> list[Source]:
-        found = []
-        for root in self._roots:
-            for kind, path in (("py", root / f"{name}.py"), ("folder", root / name), ("wasm", root / f"{name}.wasm")):
-                source = Source(name, path, kind)
-                if signature(source) is not None:
-                    found.append(source)
-        return found
-
-    async def _update(self, name: str, since: float) -> None:
+    async def _update(self, name: str, since: float, told: bool) -> None:
         """Bring one plugin to what its source says now. Every failure leaves what serves as it is."""
-        entry = self._entries[name]
+        entry = self._entries.get(name)
+        if entry is None:
+            return
         async with entry.lock:
             entry.queued = False
-            if self._closing:
+            if self._entries.get(name) is not entry:  # it was forgotten meanwhile, and may be back
+                self._queue(name, since)
                 return
-            if self._config.watch == "pending" and entry.current is not None:
-                sources = self._sources_of(name)
-                entry.seen = self._signature(sources)
-                entry.pending = True
-                self._events.tell("plugin_pending", plugin=name, remedy=f"hotdesk plugins reload {name}")
-                return
-            try:
-                await self._apply(entry, since)
-            except HotdeskError as exc:
-                self._fail(entry, exc)
+            with contextlib.suppress(HotdeskError):
+                if self._config.watch == "pending" and self._started and not told:
+                    await self._attempt(entry, self._hold_back(entry))
+                else:
+                    await self._attempt(entry, self._apply(entry, since, patient=self._started))
 
-    async def _apply(self, entry: Entry, since: float, *, force: bool = False) -> None:
-        entry.pending = False
+    async def _attempt(self, entry: Entry, step: Awaitable[None]) -> None:
+        """Await *step*; put down any failure of it, and raise it as a `HotdeskError`."""
+        try:
+            await step
+        except HotdeskError as exc:
+            self._ledger.note_failed(entry, exc)
+            raise
+        except Exception as exc:  # the fault wall of one reload step: also our own fault is a failed update, not more
+            self._log.error("reload_step_failed", plugin=entry.name, problem=repr(exc), exc_info=exc)
+            failed = LoadFailed(entry.name, "load", f"{type(exc).__name__}: {exc}"[:500])
+            self._ledger.note_failed(entry, failed)
+            raise failed from None
+
+    async def _settle(self, entry: Entry, patient: bool) -> tuple[Bundle | None, list[Source]]:
+        """The newest version of *entry*, None where it is gone; and the sources that its name is taken from."""
+        found: dict[Source, Signature] = self._places.sources_of(entry.name)
+        source = entry.source
+        if source is None or (source not in found and self._places.owns(source)):
+            source = next(iter(found), source)
+        entry.seen = joined(found)
+        if source is None:
+            return None, []
+        entry.source = source
+        try:
+            bundle = await settle(source, entry.read, entry.whole, patient=patient)
+        finally:
+            entry.whole.clear()
+            if source in found:
+                entry.seen = joined(found | {source: tuple(entry.read.values())})
+        return bundle, [other for other in found if other != source]
+
+    async def _hold_back(self, entry: Entry) -> None:
+        """Show a change that waits for a command (`watch = "pending"`)."""
         if entry.disabled:
             return
-        sources = self._sources_of(entry.name)
-        source = self._choose(entry, sources)
-        entry.seen = self._signature(sources)
-        bundle = await settle(source) if source is not None else None
-        settled = time.monotonic()
-        if bundle is None or source is None:
-            entry.seen = None
-            if entry.source is None or self._from_folder(entry):
+        try:
+            bundle, _ = await self._settle(entry, patient=True)
+        except HotdeskError:
+            entry.pending = True
+            raise
+        current = entry.current
+        if bundle is None and current is None:
+            self._forget(entry)
+            return
+        entry.pending = bundle is None or current is None or not bundle.same_as(current.bundle)
+        if entry.pending:
+            self._events.tell("plugin_pending", plugin=entry.name, remedy=f"hotdesk plugins reload {entry.name}")
+
+    async def _apply(self, entry: Entry, since: float, *, patient: bool = True, force: bool = False) -> None:
+        if entry.disabled:
+            entry.seen = joined(self._places.sources_of(entry.name))
+            if entry.seen is None and (entry.source is None or self._places.owns(entry.source)):
                 self._forget(entry)
             return
-        entry.seen = self._signature(self._sources_of(entry.name))
-        entry.source = source
+        bundle, rivals = await self._settle(entry, patient)
+        settled = time.monotonic()
+        entry.pending = False
+        if bundle is None:
+            if entry.source is None or self._places.owns(entry.source):
+                self._forget(entry)
+            return
+        source, current = bundle.source, entry.current
         if bundle.manifest.name != entry.name:
-            raise LoadFailed(
-                entry.name,
-                "manifest",
-                f"its manifest says name = {bundle.manifest.name!r}; a plugin goes by its file's name",
-            )
-        if len(sources) > 1:
-            taken = ", ".join(str(other.path) for other in sources if other != source)
-            self._fail(
-                entry, LoadFailed(entry.name, "find", f"the name is taken by {source.path}; not loaded: {taken}")
-            )
-        elif entry.problem is not None and entry.current is not None and bundle.digest == entry.current.bundle.digest:
+            problem = f"its manifest says name = {bundle.manifest.name!r}; a plugin goes by its file's name"
+            raise LoadFailed(entry.name, "manifest", problem, file=str(source.manifest_path))
+        unchanged = current is not None and bundle.digest == current.bundle.digest
+        if rivals:
+            taken = f"the name is taken by {source.path}; not loaded: {', '.join(str(rival.path) for rival in rivals)}"
+            self._ledger.note_failed(entry, LoadFailed(entry.name, "find", taken, file=str(rivals[0].path)))
+        elif entry.problem is not None and (unchanged or entry.problem.step == "find"):
             entry.problem = None
-        if not force and entry.current is not None and bundle.digest == entry.current.bundle.digest:
+        if unchanged and not force:
             await self._reconfigure(entry, bundle)
-        elif not force and bundle.digest == entry.refused:
+        elif bundle.digest == entry.refused and not force:
             self._log.info("plugin_unchanged", plugin=entry.name, reason="these bytes were rolled back")
         else:
             await self._load(entry, bundle, since, {"settle_ms": (settled - since) * 1000})
 
-    def _choose(self, entry: Entry, sources: list[Source]) -> Source | None:
-        if entry.source is not None and (entry.source in sources or not self._from_folder(entry)):
-            return entry.source
-        return sources[0] if sources else entry.source
-
     # -- loading ---------------------------------------------------------------------------------------------
 
-    def _requirements(self, name: str, seen: tuple[str, ...] = ()) -> list[str]:
-        """All that *name* requires, directly or not. Raises `LoadFailed` on a cycle."""
-        if name in seen:
-            raise LoadFailed(name, "requires", f"it requires itself: {' → '.join((*seen, name))}")
-        entry = self._entries.get(name)
-        if entry is None or entry.current is None:
-            return []
-        names: list[str] = []
-        for other in entry.current.manifest.requires:
-            names += [other, *self._requirements(other, (*seen, name))]
-        return names
-
-    def _dependants(self, name: str) -> list[Entry]:
-        """The plugins that serve and require *name*, nearest first."""
-        direct = [
-            entry for entry in self._entries.values() if entry.current and name in entry.current.manifest.requires
-        ]
-        return list(dict.fromkeys([*direct, *(far for entry in direct for far in self._dependants(entry.name))]))
+    def _is_ready(self, entry: Entry, bundle: Bundle) -> bool:
+        """Whether all that *bundle* requires serves; False: it waits. Raises `LoadFailed` when it never can."""
+        requires = entry.wants = bundle.manifest.requires
+        circle = find_circle(self._entries, entry.name, requires)
+        if circle is not None:
+            failed = LoadFailed(entry.name, "requires", f"it requires itself: {' → '.join(circle)}")
+            for other in (self._entries[name] for name in circle[1:-1]):
+                if other.current is None:
+                    problem = f"it requires itself, by way of '{entry.name}': {' → '.join(circle)}"
+                    self._ledger.note_failed(other, LoadFailed(other.name, "requires", problem))
+            entry.waiting_for = circle[1]
+            raise failed
+        missing = missing_of(self._entries, requires)
+        entry.waiting_for = missing[0] if missing else None
+        if missing and entry.current is not None:
+            raise LoadFailed(entry.name, "requires", f"it requires '{missing[0]}', which does not serve")
+        if missing:
+            entry.problem = None
+            self._events.tell("plugin_waiting", plugin=entry.name, waiting_for=missing[0])
+        return not missing
 
     async def _load(
         self, entry: Entry, bundle: Bundle, since: float, steps: dict[str, float], *, probation: bool = True
     ) -> None:
         """Load *bundle* beside what serves, together with all that requires it, and swap. Raises `HotdeskError`."""
-        requires = bundle.manifest.requires
-        if entry.name in requires:
-            raise LoadFailed(entry.name, "requires", "it requires itself")
-        missing = [name for name in requires if (e := self._entries.get(name)) is None or e.current is None]
-        if missing:
-            entry.waiting_for = missing[0]
-            if entry.current is not None or (entry.name in self._waiting_chain(missing[0])):
-                raise LoadFailed(entry.name, "requires", f"it requires '{missing[0]}', which does not serve")
-            entry.problem = None
-            self._events.tell("plugin_waiting", plugin=entry.name, waiting_for=missing[0])
+        for _ in range(MAX_TRIES):
+            if self._closing or not self._is_ready(entry, bundle):
+                return
+            dependants = dependants_of(self._entries, entry.name)
+            async with contextlib.AsyncExitStack() as stack:
+                for dependant in dependants:
+                    await stack.enter_async_context(dependant.lock)
+                around = self._around(entry, bundle)
+                if around[0] != dependants:
+                    continue
+                group = [(entry, bundle), *((one, one.current.bundle) for one in dependants if one.current is not None)]
+                await self._retirement.make_room(one for one, _ in group)
+                prepared = await self._prepare(group, steps)
+                if self._closing or self._around(entry, bundle) != around:
+                    await self._discard(prepared)
+                    continue
+                self._serve(prepared, since, steps, probation)
+            self._wake_waiting(entry.name)
             return
-        entry.waiting_for = None
-        group = [(entry, bundle)]
-        dependants = self._dependants(entry.name)
-        if entry in dependants:
-            raise LoadFailed(entry.name, "requires", f"it requires '{requires[0]}', which requires it")
-        for dependant in dependants:
-            await dependant.lock.acquire()
-        try:
-            group += [(one, one.current.bundle) for one in dependants if one.current is not None]
-            await self._make_room(group)
-            prepared = await self._prepare(group, steps)
-            self._serve(prepared, since, steps, probation)
-        finally:
-            for dependant in dependants:
-                dependant.lock.release()
-        self._wake_waiting(entry.name)
+        raise LoadFailed(entry.name, "requires", "the plugins around it kept changing; save it again")
 
-    async def _make_room(self, group: list[tuple[Entry, Bundle]]) -> None:
-        """See the generations before the ones that serve off, as far as nobody uses them any more."""
-        retiring: set[asyncio.Task[None]] = set()
-        for entry, _ in group:
-            if (standby := self._standbys.pop(entry.name, None)) is not None:
-                self._end_standby(standby)
-            retiring |= entry.retiring
-        if retiring:
-            await asyncio.wait(retiring, timeout=ROOM_S)
-        if self._maker.release.unproven:
-            self._maker.release.verify(must=True)
+    def _around(self, entry: Entry, bundle: Bundle) -> tuple[list[Entry], list[Generation | None]]:
+        """What a load of *bundle* rests on: its dependants, and the generations that it and they require."""
+        dependants = dependants_of(self._entries, entry.name)
+        requires = {name for one in dependants if one.current for name in one.current.manifest.requires}
+        names = sorted({*bundle.manifest.requires, *requires} - {entry.name, *(one.name for one in dependants)})
+        return dependants, [one.current if (one := self._entries.get(name)) else None for name in names]
 
     async def _prepare(self, group: list[tuple[Entry, Bundle]], steps: dict[str, float]) -> list[Prepared]:
         prepared: list[Prepared] = []
         modules: dict[str, Any] = {}
         try:
             for entry, bundle in group:
-                if entry.current is None:
-                    entry.loading = True
+                entry.loading = entry.current is None
                 needs = {name: modules.get(name) or self._module_of(name) for name in bundle.manifest.requires}
                 made = await self._maker.make(
                     bundle,
@@ -344,23 +375,26 @@ class Plugins:
                     old=entry.current,
                     settings=self._settings.get(entry.name, PluginSettings()),
                     modules=needs,
-                    breaker=self._breaker(entry.name),
+                    breaker=self._ledger.breaker(entry.name),
                     steps=steps if not prepared else {},
                 )
                 prepared.append(made)
                 modules[entry.name] = made.module
         except BaseException:
-            for made in reversed(prepared):
-                await self._maker.discard(made)
+            await self._discard(prepared)
             raise
         finally:
             for entry, _ in group:
                 entry.loading = False
         return prepared
 
+    async def _discard(self, prepared: list[Prepared]) -> None:
+        while prepared:
+            await self._maker.discard(prepared.pop())
+
     def _module_of(self, name: str) -> Any:
-        current = self._entries[name].current
-        return None if current is None else self._maker.module_of(current)
+        entry = self._entries.get(name)
+        return None if entry is None or entry.current is None else self._maker.module_of(entry.current)
 
     def _serve(self, prepared: list[Prepared], since: float, steps: dict[str, float], probation: bool) -> None:
         """One assignment; then the books. Plain `def`: nobody can see half of it."""
@@ -374,7 +408,6 @@ class Plugins:
             generation.move(PluginState.ACTIVE)
             if entry.current is not None and entry.slot is not None:
                 entry.current.move(PluginState.DRAINING)
-                self._maker.pause(entry.current, True)
                 pairs.append((entry, entry.slot, entry.current))
             if probation and (entry.current is not None or entry.kept):
                 generation.probation_left = self._config.probation_calls
@@ -383,268 +416,50 @@ class Plugins:
         steps["swap_ms"] = (now - start) * 1000
         steps["total_ms"] = (now - since) * 1000
         for made in prepared:
-            self._book(self._entries[made.generation.plugin], made, since, steps)
+            entry = self._entries[made.generation.plugin]
+            self._maker.hand_over(entry.current, made.generation)
+            self._ledger.note_swapped(entry, made, since, steps)
+            self._numbers[entry.name] = entry.last_number
         if pairs:
-            self._stand_by(pairs)
-
-    def _book(self, entry: Entry, made: Prepared, since: float, steps: dict[str, float]) -> None:
-        generation = made.generation
-        before = entry.current.number if entry.current else None
-        entry.current, entry.slot, entry.last_number = generation, made.slot, generation.number
-        if entry.problem is not None and entry.problem.step != "find":
-            entry.problem = None
-        entry.refused = None
-        entry.kept = type(entry.kept)(
-            [*entry.kept, Kept(generation.number, generation.bundle, time.time())][-self._config.keep_generations :]
-        )
-        receipt = Receipt(entry.name, str(generation.bundle.source.path), before, generation.number, dict(steps), since)
-        entry.receipt = receipt
-
-        def first_answer() -> None:
-            generation.first_answer = None
-            receipt.first_answer_ms = (time.monotonic() - since) * 1000
-            self._events.tell("plugin_receipt", plugin=entry.name, receipt=receipt.public())
-
-        generation.first_answer = first_answer
-        self._metrics.generation.labels(entry.name).set(generation.number)
-        self._metrics.breaker_open.labels(entry.name).set(0)
-        self._metrics.swaps.labels(entry.name, "swapped" if before else "loaded").inc()
-        for step, value in steps.items():
-            self._metrics.swap_steps.labels(step.removesuffix("_ms")).observe(value / 1000)
-        self._events.tell(
-            "plugin_swapped" if before else "plugin_loaded",
-            plugin=entry.name,
-            generation=generation.number,
-            receipt=receipt.public(),
-        )
-
-    def _breaker(self, name: str) -> Breaker:
-        def on_change(state: str) -> None:
-            self._metrics.breaker_open.labels(name).set(state == "open")
-            self._events.tell("breaker_opened" if state == "open" else "breaker_closed", plugin=name)
-
-        return Breaker(self._config.breaker_failures, self._config.breaker_cooldown_s, on_change)
-
-    def _fail(self, entry: Entry, exc: HotdeskError) -> None:
-        problem = Problem.of(exc)
-        if entry.problem is not None and entry.problem.message == problem.message and problem.step == "find":
-            return
-        entry.problem = problem
-        serving = entry.current.number if entry.current else None
-        self._metrics.swaps.labels(entry.name, "failed").inc()
-        self._events.tell(
-            "plugin_failed",
-            plugin=entry.name,
-            step=problem.step,
-            message=problem.message,
-            file=problem.file,
-            line=problem.line,
-            serving=serving,
-        )
-
-    def _waiting_chain(self, name: str) -> set[str]:
-        chain: set[str] = set()
-        while name not in chain and (entry := self._entries.get(name)) is not None and entry.waiting_for:
-            chain.add(name)
-            name = entry.waiting_for
-        return chain | {name}
-
-    def _warn_of_cycles(self) -> None:
-        for entry in self._entries.values():
-            if entry.waiting_for and entry.current is None and entry.name in self._waiting_chain(entry.waiting_for):
-                self._fail(
-                    entry, LoadFailed(entry.name, "requires", f"it and '{entry.waiting_for}' require each other")
-                )
+            self._retirement.stand_by(pairs)
 
     def _wake_waiting(self, name: str) -> None:
         for entry in list(self._entries.values()):
-            if entry.waiting_for == name and entry.current is None:
-                entry.queued = True
-                self._spawn(self._update(entry.name, time.monotonic()))
+            if entry.waiting_for == name and entry.current is None and not entry.queued:
+                self._begin_update(entry, told=True)
 
-    # -- ending ----------------------------------------------------------------------------------------------
+    async def _load_kept(self, entry: Entry, kept: Kept) -> None:
+        await self._load(entry, kept.bundle, time.monotonic(), {"settle_ms": 0.0}, probation=False)
 
-    def _stand_by(self, pairs: list[tuple[Entry, Slot | None, Generation]]) -> None:
-        """Keep what was replaced ready for a moment; what stood by before it is let go."""
-        standby = Standby(pairs, asyncio.Event())
-        for entry, _, old in pairs:
-            before = self._standbys.get(entry.name)
-            if before is not None:
-                before.over.set()
-            self._standbys[entry.name] = standby
-            entry.standby = old
-        self._spawn(self._retire_after(standby))
-
-    async def _retire_after(self, standby: Standby) -> None:
-        try:
-            async with asyncio.timeout(self._config.standby_s):
-                await standby.over.wait()
-        except TimeoutError:
-            pass
-        self._end_standby(standby)
-
-    def _end_standby(self, standby: Standby) -> None:
-        pairs, standby.pairs = standby.pairs, []
-        standby.over.set()
-        for entry, _, old in pairs:
-            if self._standbys.get(entry.name) is standby:
-                del self._standbys[entry.name]
-            entry.standby = None
-            self._start_retiring(entry, old)
-
-    def _start_retiring(self, entry: Entry, generation: Generation) -> None:
-        task = self._spawn(self._retire(entry, generation))
-        entry.retiring.add(task)
-        task.add_done_callback(entry.retiring.discard)
-
-    def _wake_drain(self, generation: Generation) -> None:
-        if (wake := self._drain_wakes.get(generation)) is not None:
-            wake.set()
-
-    async def _retire(self, entry: Entry, generation: Generation) -> None:
-        """Drain, tear down, undo, sweep, and prove that it is gone."""
-        wake = self._drain_wakes[generation] = asyncio.Event()
-        under_way = users_of(generation)
-        drained = await wait_drained(generation, self._config.drain_timeout_s, wake)
-        del self._drain_wakes[generation]
-        if entry.receipt is not None and entry.receipt.before == generation.number:
-            entry.receipt.drained = under_way
-        leftovers = [] if drained else [f"{users_of(generation)} turns were still under way"]
-        leftovers += await self._maker.end(generation, drained=drained)
-        generation.move(PluginState.CLOSED)
-        if leftovers:
-            entry.leftovers = leftovers
-            for what in leftovers:
-                self._metrics.leftovers.labels(entry.name, what.split(" ", 1)[0]).inc()
-            self._events.tell("plugin_leftover", plugin=entry.name, generation=generation.number, leftovers=leftovers)
-        self._spawn(self._prove(entry, generation.number))
-
-    async def _prove(self, entry: Entry, number: int) -> None:
-        for _ in range(3):
-            await asyncio.sleep(0.05)
-            held = {k: v for k, v in self._maker.release.verify().items() if k[:2] == (entry.name, number)}
-            if not held:
-                return
-            held.clear()
-            await asyncio.sleep(1.0)
-        held = {k: v for k, v in self._maker.release.verify(must=True).items() if k[:2] == (entry.name, number)}
-        for targets in held.values():
-            words = [f"{t.__qualname__} is still held by {describe_holders(t)}" for t in targets[:3]]
-            entry.leftovers = [*entry.leftovers, *words]
-            self._events.tell("plugin_leftover", plugin=entry.name, generation=number, leftovers=words)
+    # -- unloading -------------------------------------------------------------------------------------------
 
     def _unload(self, entry: Entry) -> None:
-        """Take a plugin out, with all that require it, and retire it."""
-        gone = [one for one in [entry, *self._dependants(entry.name)] if one.current is not None]
+        """Take a plugin out, with all that require it, and retire them."""
+        gone = [one for one in (entry, *dependants_of(self._entries, entry.name)) if one.current is not None]
         names = {one.name for one in gone}
         self._active.swap(
             self._active.build(slot for slot in self._active.current.slots if slot.generation.plugin not in names)
         )
+        pairs: list[tuple[Entry, Generation]] = []
         for one in gone:
-            if (standby := self._standbys.get(one.name)) is not None:
-                standby.over.set()
+            self._retirement.end_standby(one.name)
             current, one.current, one.slot = one.current, None, None
             if current is None:
                 continue
             if one is not entry:
                 one.waiting_for = entry.name
             current.move(PluginState.DRAINING)
-            self._metrics.generation.labels(one.name).set(0)
-            self._events.tell("plugin_unloaded", plugin=one.name, generation=current.number)
-            self._start_retiring(one, current)
+            self._maker.pause(current)
+            self._ledger.note_unloaded(one, current)
+            pairs.append((one, current))
+        self._retirement.retire(pairs)
 
     def _forget(self, entry: Entry) -> None:
-        entry.problem = entry.source = entry.waiting_for = entry.refused = None
+        """Its source is gone: unload it, and take it off the list."""
+        entry.problem = entry.source = entry.waiting_for = entry.refused = entry.seen = None
         if entry.current is not None:
             self._unload(entry)
         self._entries.pop(entry.name, None)
-        if entry.lock.locked():
-            entry.seen = None
-
-    # -- rolling back ----------------------------------------------------------------------------------------
-
-    def _on_probation_over(self, generation: Generation) -> None:
-        standby = self._standbys.get(generation.plugin)
-        if standby is not None and all(
-            entry.current is None or not entry.current.probation_left for entry, _, _ in standby.pairs
-        ):
-            standby.over.set()
-
-    def _on_probation_failure(self, generation: Generation, exc: CallFailed) -> Any:
-        """Roll *generation* back; say whether (True, or an awaitable that tells) its turns should be run again."""
-        entry = self._entries.get(generation.plugin)
-        if entry is None or self._closing:
-            return None
-        if entry.current is not generation:
-            return True
-        if (standby := self._standbys.get(entry.name)) is not None:
-            self._swap_back(entry, standby, exc)
-            return True
-        if (running := self._rollbacks.get(entry.name)) is None:
-            target = self._rollback_target(entry)
-            if target is None:
-                return None
-            running = self._spawn(self._roll_back(entry, target, str(exc), self._note_rolled_back))
-            self._rollbacks[entry.name] = running
-            running.add_done_callback(lambda _: self._rollbacks.pop(entry.name, None))
-        return running
-
-    def _swap_back(self, entry: Entry, standby: Standby, exc: CallFailed) -> None:
-        names = {one.name for one, _, _ in standby.pairs}
-        slots = [slot for slot in self._active.current.slots if slot.generation.plugin not in names]
-        slots += [slot for _, slot, _ in standby.pairs if slot is not None]
-        self._active.swap(self._active.build(slots))
-        for one, slot, old in standby.pairs:
-            failed, one.current, one.slot = one.current, old, slot
-            one.standby = None
-            self._standbys.pop(one.name, None)
-            old.move(PluginState.ACTIVE)
-            old.probation_left = 0
-            self._maker.pause(old, False)
-            if failed is not None:
-                self._note_rolled_back(one, failed, old.number, str(exc))
-                failed.move(PluginState.DRAINING)
-                self._start_retiring(one, failed)
-        standby.pairs = []
-        standby.over.set()
-
-    def _note_rolled_back(self, entry: Entry, failed: Generation, to: int, why: str) -> None:
-        """The books of a rollback by probation; *failed* is not kept, for it is no version to go back to."""
-        entry.kept = type(entry.kept)(kept for kept in entry.kept if kept.generation != failed.number)
-        entry.problem = Problem(f"generation {failed.number} was rolled back: {why}", "probation")
-        self._tell_rolled_back(entry, failed, to, why)
-
-    def _tell_rolled_back(self, entry: Entry, failed: Generation, to: int, why: str) -> None:
-        entry.refused = failed.bundle.digest
-        self._metrics.generation.labels(entry.name).set(to)
-        self._metrics.swaps.labels(entry.name, "rolled_back").inc()
-        self._events.tell("plugin_rolled_back", plugin=entry.name, **{"from": failed.number, "to": to}, message=why)
-
-    def _rollback_target(self, entry: Entry, to: int | None = None) -> Kept | None:
-        serving = entry.current.bundle.digest if entry.current else None
-        return next(
-            (
-                kept
-                for kept in reversed(entry.kept)
-                if (kept.bundle.digest != serving if to is None else kept.generation == to)
-            ),
-            None,
-        )
-
-    async def _roll_back(
-        self, entry: Entry, target: Kept, why: str, note: Callable[[Entry, Generation, int, str], None]
-    ) -> bool:
-        """Load an earlier version anew and swap to it; True when it serves."""
-        async with entry.lock:
-            failed = entry.current
-            try:
-                await self._load(entry, target.bundle, time.monotonic(), {"settle_ms": 0.0}, probation=False)
-            except HotdeskError as exc:
-                self._fail(entry, exc)
-                return False
-            if failed is not None and entry.current is not None:
-                note(entry, failed, entry.current.number, why)
-            return True
 
     # -- commands --------------------------------------------------------------------------------------------
 
@@ -658,15 +473,22 @@ class Plugins:
     def entries(self) -> Iterable[Entry]:
         return self._entries.values()
 
+    @contextlib.asynccontextmanager
+    async def _held(self, name: str) -> AsyncIterator[Entry]:
+        """The entry of *name*, locked. Raises `UnknownPlugin`, also when it was forgotten meanwhile."""
+        while True:
+            entry = self.entry(name)
+            async with entry.lock:
+                if self._entries.get(name) is entry:
+                    yield entry
+                    return
+
     async def reload(self, name: str) -> None:
         """Load the source anew, even if its bytes are the same. Raises `HotdeskError`; what serves stays."""
-        entry = self.entry(name)
-        async with entry.lock:
-            try:
-                await self._apply(entry, time.monotonic(), force=True)
-            except HotdeskError as exc:
-                self._fail(entry, exc)
-                raise
+        async with self._held(name) as entry:
+            if entry.disabled:
+                raise PluginDisabled(name)
+            await self._attempt(entry, self._apply(entry, time.monotonic(), patient=False, force=True))
 
     async def rollback(self, name: str, to: int | None = None) -> None:
         """Serve the version before this one, or the one that was generation *to*, as a new generation.
@@ -674,93 +496,77 @@ class Plugins:
         The version that it leaves is kept, so that one can go forward again. Raises `NothingToRollBackTo`, or
         `LoadFailed` when it won't load.
         """
-        entry = self.entry(name)
-        target = self._rollback_target(entry, to)
-        if target is None:
-            raise NothingToRollBackTo(name, to)
-        if not await self._roll_back(entry, target, "by command", self._tell_rolled_back):
-            problem = entry.problem
-            raise LoadFailed(name, "rollback", problem.message if problem else "it did not load")
+        async with self._held(name) as entry:
+            target = self._rollback.target(entry, to)
+            if target is None:
+                raise NothingToRollBackTo(name, to)
+            if entry.disabled:
+                raise PluginDisabled(name)
+            left = entry.current
+            await self._attempt(entry, self._load_kept(entry, target))
+            if left is not None and entry.current is not None:
+                self._ledger.note_rolled_back(entry, left, entry.current.number, "by command")
 
     async def enable(self, name: str) -> None:
         """Load it if it was disabled. Remembered over restarts."""
-        entry = self.entry(name)
-        self._overrides[name] = True
-        await self._remember(self._overrides)
-        await self._set_enabled(entry, True)
+        await self._override(name, True)
 
     async def disable(self, name: str) -> None:
         """Drain and unload it; its file is left alone from now on. Remembered over restarts."""
-        entry = self.entry(name)
-        self._overrides[name] = False
+        await self._override(name, False)
+
+    async def _override(self, name: str, enabled: bool) -> None:
+        self.entry(name)
+        self._overrides[name] = enabled
         await self._remember(self._overrides)
-        await self._set_enabled(entry, False)
+        async with self._held(name) as entry:
+            await self._set_enabled(entry, enabled)
 
     async def _set_enabled(self, entry: Entry, enabled: bool) -> None:
-        async with entry.lock:
-            if entry.disabled == (not enabled):
-                return
-            entry.disabled = not enabled
-            if enabled:
-                try:
-                    await self._apply(entry, time.monotonic(), force=True)
-                except HotdeskError as exc:
-                    self._fail(entry, exc)
-                    raise
-            else:
-                entry.problem = None
-                if entry.current is not None:
-                    self._unload(entry)
-                self._events.tell("plugin_disabled", plugin=entry.name)
+        if entry.disabled == (not enabled):
+            return
+        entry.disabled = not enabled
+        if enabled:
+            await self._attempt(entry, self._apply(entry, time.monotonic(), patient=False, force=True))
+            return
+        entry.problem = entry.waiting_for = None
+        entry.pending = False
+        if entry.current is not None:
+            self._unload(entry)
+        self._events.tell("plugin_disabled", plugin=entry.name)
 
     def _is_enabled(self, name: str) -> bool:
         return self._overrides.get(name, self._settings.get(name, PluginSettings()).enabled)
 
     # -- settings --------------------------------------------------------------------------------------------
 
-    async def _follow_settings(self, file: Path) -> None:
-        seen = _stat(file)
-        while not self._closing:
-            await asyncio.sleep(SETTINGS_POLL_S)
-            now = _stat(file)
-            if now == seen or now is None:
-                continue
-            seen = now
-            try:
-                settings = read_plugin_settings(str(file))
-            except ConfigError as exc:
-                self._events.tell("settings_failed", file=str(file), message=str(exc))
-                continue
-            await self._take_settings(settings)
-
     async def _take_settings(self, settings: dict[str, PluginSettings]) -> None:
         before, self._settings = self._settings, settings
         blank = PluginSettings()
         for name in [*self._entries]:
             old, new = before.get(name, blank), settings.get(name, blank)
-            if old == new or (entry := self._entries.get(name)) is None:
+            if old == new:
                 continue
-            if old.enabled != new.enabled:
-                self._overrides.pop(name, None)
-                await self._remember(self._overrides)
-            try:
-                await self._set_enabled(entry, self._is_enabled(name))
-                async with entry.lock:
+            with contextlib.suppress(HotdeskError):  # it was put down where it happened
+                if old.enabled != new.enabled and self._overrides.pop(name, None) is not None:
+                    await self._remember(self._overrides)
+                async with self._held(name) as entry:
+                    await self._set_enabled(entry, self._is_enabled(name))
                     if entry.current is not None:
-                        self._reslot(entry, new)
-                        await self._reconfigure(entry, entry.current.bundle)
-            except HotdeskError as exc:
-                self._fail(entry, exc)
+                        await self._attempt(entry, self._take_own_settings(entry, entry.current, new))
 
-    def _reslot(self, entry: Entry, settings: PluginSettings) -> None:
-        """Order, deadline and grants: a new snapshot around the same generation."""
-        if entry.current is None or entry.slot is None:
-            return
-        self._maker.grant(entry.current, settings)
-        slot = slot_for(entry.current, settings, entry.slot.breaker)
-        others = [one for one in self._active.current.slots if one.generation is not entry.current]
-        entry.slot = slot
-        self._active.swap(self._active.build([*others, slot]))
+    async def _take_own_settings(self, entry: Entry, current: Generation, settings: PluginSettings) -> None:
+        """Order, deadline and grants: a new snapshot around the same generation. Then the config."""
+        self._maker.grant(current, settings)
+        if entry.slot is not None:
+            slot = entry.slot = self._newest_slot(entry.slot)
+            others = [one for one in self._active.current.slots if one.generation is not current]
+            self._active.swap(self._active.build([*others, slot]))
+        await self._reconfigure(entry, current.bundle)
+
+    def _newest_slot(self, slot: Slot) -> Slot:
+        settings = self._settings.get(slot.generation.plugin, PluginSettings())
+        return slot_for(slot.generation, settings, slot.breaker)
 
     async def _reconfigure(self, entry: Entry, bundle: Bundle) -> None:
         """Give a generation its new config: through `configure` where that takes it, by a swap where not."""
@@ -774,13 +580,4 @@ class Plugins:
             current.bundle, current.manifest = bundle, bundle.manifest
             self._events.tell("plugin_configured", plugin=entry.name, generation=current.number)
         else:
-            now = time.monotonic()
-            await self._load(entry, bundle, now, {"settle_ms": 0.0})
-
-
-def _stat(file: Path) -> tuple[int, int, int] | None:
-    try:
-        stat = file.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+            await self._load(entry, bundle, time.monotonic(), {"settle_ms": 0.0})

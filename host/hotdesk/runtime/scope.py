@@ -29,14 +29,28 @@ class Sender(Protocol):
     ) -> Any: ...
 
 
+class Jobs:
+    """How many timed jobs of one generation run just now. Outlives it, and holds nothing of it."""
+
+    __slots__ = ("running",)
+
+    def __init__(self) -> None:
+        self.running = 0
+
+
 class Scope:
-    """The undo list of one generation. After `aclose` it refuses new work with `ScopeClosed`."""
+    """The undo list of one generation. After `aclose` it refuses new work with `ScopeClosed`.
+
+    Its `every` jobs rest until the generation serves, and while it stands by: never in two generations at once.
+    """
 
     def __init__(self, generation: Generation, log: Logger) -> None:
         self._generation = generation
         self._log = log
-        self._undo: list[tuple[str, Callable[[], Any]]] = []
-        self._paused = False
+        self._undo: dict[object, tuple[str, Callable[[], Any]]] = {}
+        self._paused = True
+        self._before: Jobs | None = None
+        self.jobs = Jobs()
         self.closed = False
 
     def admit(self, what: str) -> None:
@@ -44,36 +58,62 @@ class Scope:
         if self.closed:
             raise ScopeClosed(self._generation.plugin, self._generation.number, what)
 
-    def push(self, what: str, undo: Callable[[], Any]) -> None:
-        """Have *undo* (sync or async) called when the generation ends."""
+    def push(self, what: str, undo: Callable[[], Any]) -> Callable[[], object]:
+        """Have *undo* (sync or async) called when the generation ends; returns how to forget it."""
         self.admit(what)
-        self._undo.append((what, undo))
+        key = object()
+        self._undo[key] = (what, undo)
+        return lambda: self._undo.pop(key, None)
 
     @property
     def paused(self) -> bool:
-        """While the generation stands by, its `every` jobs rest: a job never runs in two generations at once."""
-        return self._paused or self.closed
+        """Whether jobs rest now: also while one of the generation before is still running."""
+        if self._before is not None and not self._before.running:
+            self._before = None
+        return self._paused or self.closed or self._before is not None
 
-    def pause(self, paused: bool) -> None:
-        self._paused = paused
+    def pause(self) -> None:
+        """Let timed jobs rest."""
+        self._paused = True
+
+    def take_over(self, before: Jobs | None) -> None:
+        """Let timed jobs run, once those of *before* have come to their end."""
+        self._paused, self._before = False, before
 
     async def aclose(self) -> list[str]:
         """Undo everything, newest first; return what could not be undone, in words."""
         self.closed = True
         problems = []
-        while self._undo:
-            what, undo = self._undo.pop()
-            try:
-                async with asyncio.timeout(UNDO_TIMEOUT_S):
-                    result = undo()
-                    if inspect.isawaitable(result):
-                        await result
-            except asyncio.CancelledError:
-                raise
-            except BaseException as exc:  # one undo that fails must not keep the others from happening
-                problems.append(f"{what}: undoing it raised {type(exc).__name__}: {exc}")
-                self._log.warning("scope_undo_failed", what=what, problem=repr(exc))
+        token = CURRENT.set(self._generation)
+        try:
+            while self._undo:
+                what, undo = self._undo.popitem()[1]
+                problem = await self._undo_one(undo)
+                if problem is not None:
+                    problems.append(f"{what}: undoing it {problem}")
+                    self._log.warning("scope_undo_failed", what=what, problem=problem)
+        finally:
+            CURRENT.reset(token)
         return problems
+
+    @staticmethod
+    async def _undo_one(undo: Callable[[], Any]) -> str | None:
+        task = asyncio.current_task()
+        asked = task.cancelling() if task else 0
+        try:
+            async with asyncio.timeout(UNDO_TIMEOUT_S):
+                result = undo()
+                if inspect.isawaitable(result):
+                    await result
+        except TimeoutError:
+            return f"took over {UNDO_TIMEOUT_S:g} s"
+        except asyncio.CancelledError:
+            if task is not None and task.cancelling() > asked:
+                raise
+            return "raised CancelledError"
+        except BaseException as exc:  # one undo that fails must not keep the others from happening
+            return f"raised {type(exc).__name__}: {exc}"
+        return None
 
 
 class Context:
@@ -114,9 +154,10 @@ class Context:
 
     @property
     def kv(self) -> PluginKv:
+        self._scope.admit("ctx.kv")
         self._need("kv")
         if self._kv is None:
-            self._kv = PluginKv(self.plugin, self._doors.kv)
+            self._kv = PluginKv(self.plugin, self._doors.kv, lambda: self._scope.admit("ctx.kv"))
         return self._kv
 
     @property
@@ -126,8 +167,8 @@ class Context:
 
     @property
     def http(self) -> PluginHttp:
+        self._scope.admit("ctx.http")
         if self._http is None:
-            self._scope.admit("ctx.http")
             self._http = PluginHttp(self._generation, self)
             self._scope.push("ctx.http", self._http.aclose)
         return self._http
@@ -157,9 +198,10 @@ class Context:
         async def undo() -> None:
             coro.close() if inspect.getcoroutinestate(coro) == inspect.CORO_CREATED else None
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.wait({task})
 
-        self._scope.push(label, undo)
+        forget = self._scope.push(label, undo)
+        task.add_done_callback(lambda _: forget())
         return task
 
     def every(self, seconds: float, fn: Callable[[], Awaitable[Any]]) -> None:
@@ -172,12 +214,15 @@ class Context:
                 await asyncio.sleep(seconds)
                 if self._scope.paused:
                     continue
+                self._scope.jobs.running += 1
                 try:
                     await fn()
                 except asyncio.CancelledError:
                     raise
                 except BaseException as exc:  # a job that fails once is tried again at its next time
                     self.log.error("job_failed", job=name, problem=f"{type(exc).__name__}: {exc}")
+                finally:
+                    self._scope.jobs.running -= 1
 
         self.task(repeat(), name=f"every {seconds:g} s {name}")
 
@@ -188,13 +233,18 @@ class Context:
         return metric
 
     async def enter(self, cm: Any) -> Any:
+        what = f"context {type(cm).__name__}"
         self._scope.admit(f"ctx.enter({type(cm).__name__})")
         if hasattr(type(cm), "__aenter__"):
-            value = await cm.__aenter__()
-            self._scope.push(type(cm).__name__, lambda: cm.__aexit__(None, None, None))
+            value, leave = await cm.__aenter__(), cm.__aexit__
         else:
-            value = cm.__enter__()
-            self._scope.push(type(cm).__name__, lambda: cm.__exit__(None, None, None))
+            value, leave = cm.__enter__(), cm.__exit__
+        try:
+            self._scope.push(what, lambda: leave(None, None, None))
+        except ScopeClosed:  # it ended while the context was being entered
+            if inspect.isawaitable(left := leave(None, None, None)):
+                await left
+            raise
         return value
 
     def defer(self, fn: Callable[[], Any]) -> None:

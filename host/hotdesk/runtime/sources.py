@@ -1,7 +1,7 @@
 """Where plugins live, and their bytes: found, settled, read whole and hashed.
 
-A file that somebody still writes is never read as a version: on Linux the kernel is asked whether anybody has
-it open for writing (a read lease, fcntl(2)), elsewhere a quiet time is waited for.
+A file that somebody still writes is never read as a version: one that came by rename is whole, any other must have
+been quiet for a while; and Linux is asked whether anybody has it open for writing (a read lease, fcntl(2)).
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import os
 import signal
 import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
 
 import msgspec
 
-from hotdesk_sdk import HotdeskError, Manifest, parse_manifest
+from hotdesk_sdk import Manifest, parse_manifest
 
 from ..errors import LoadFailed
 
 __all__ = ["Bundle", "Source", "find_entry_points", "find_sources", "name_of", "settle", "signature"]
 
 GRACE_S = 0.35
-"""How long a file that does not parse may be a half-written one: half-writers seen in the field pause up to 300 ms."""
+"""How long a file that is written in place must be quiet: half-writers seen in the field pause up to 300 ms, and the
+half may well parse. A file that came by rename is whole at once."""
 
 PACKAGE_QUIET_S = 0.04
 """A folder is read once none of its files changed for this long: tools write many files one after the other."""
@@ -88,6 +89,10 @@ class Bundle:
     paths: dict[str, str]
     """The path that a traceback shows, to the name in `files`."""
 
+    def same_as(self, other: Bundle) -> bool:
+        """Whether there is nothing to apply: neither code nor config differ."""
+        return (self.digest, self.config_digest) == (other.digest, other.config_digest)
+
 
 def name_of(path: Path, root: Path) -> str | None:
     """Which plugin of the folder *root* a changed *path* belongs to; None where it can't be said from the name."""
@@ -127,7 +132,7 @@ def find_entry_points() -> dict[str, Source | LoadFailed]:
     for entry in importlib.metadata.entry_points(group="hotdesk"):
         try:
             spec = importlib.util.find_spec(entry.module)
-        except (ImportError, ValueError):
+        except Exception:  # finding `a.b` runs the package `a`, which is foreign code
             spec = None
         if spec is None or not spec.origin or not spec.origin.endswith(".py"):
             found[entry.name] = LoadFailed(
@@ -140,7 +145,10 @@ def find_entry_points() -> dict[str, Source | LoadFailed]:
     return found
 
 
-Signature = tuple[tuple[str, int, int, int, int], ...]
+SignatureRow = tuple[str, int, int, int, int]
+"""What stat says of a file: path, inode, size, and when its bytes and its inode last changed, in ns."""
+
+Signature = tuple[SignatureRow, ...]
 
 
 def signature(source: Source) -> Signature | None:
@@ -150,7 +158,7 @@ def signature(source: Source) -> Signature | None:
         for path in source.files():
             stat = path.stat()
             rows.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # also a link in a circle, or a folder that may not be read: there is nothing to load there
         return None
     return tuple(rows) if rows and (source.kind != "folder" or _is_plugin_folder(source.path)) else None
 
@@ -159,10 +167,19 @@ def _is_plugin_folder(path: Path) -> bool:
     return (path / "__init__.py").is_file() or (path / "plugin.wasm").is_file()
 
 
-async def settle(source: Source) -> Bundle | None:
+async def settle(
+    source: Source,
+    read: dict[str, SignatureRow],
+    whole: Collection[SignatureRow] = (),
+    *,
+    patient: bool = True,
+) -> Bundle | None:
     """Wait until *source* is whole and quiet, and read it. None: it is gone.
 
-    Raises `LoadFailed` when its bytes are no plugin, but not before a writer had time to finish.
+    *read* is what stat said of its files when they were last read, and is brought up to date even when they can't be
+    parsed; *whole* is what it said of those known to have come by rename:
+    a file written in place counts as whole only after `GRACE_S`, for its writer may pause in the middle. Not
+    *patient*: what nobody has open and what parses is taken as it is. Raises `LoadFailed` when its bytes are no plugin.
     """
     started = time.monotonic()
     missing_since: float | None = None
@@ -170,55 +187,79 @@ async def settle(source: Source) -> Bundle | None:
         before = signature(source)
         now = time.monotonic()
         if before is None:
+            read.clear()
             missing_since = missing_since or now
             if now - missing_since >= GONE_S:
                 return None
             await asyncio.sleep(0.005)
             continue
         missing_since = None
-        age = time.time() - max(max(mtime, ctime) for _, _, _, mtime, ctime in before) / 1e9
-        if source.kind == "folder" and 0 <= age < PACKAGE_QUIET_S:
-            await asyncio.sleep(PACKAGE_QUIET_S - age)
+        wait_s = _unsettled_s(source, before, read, whole) if patient and now - started < WRITER_LIMIT_S else 0.0
+        if wait_s > 0:
+            await asyncio.sleep(min(wait_s, 0.02))
             continue
         try:
-            files, certain = await asyncio.to_thread(_read, source)
+            files = await _read_aside(source, now - started < WRITER_LIMIT_S)
         except FileNotFoundError:
             continue
         except BlockingIOError:
-            if now - started < WRITER_LIMIT_S:
-                await asyncio.sleep(0.005)
-                continue
-            files, certain = await asyncio.to_thread(_read, source, lease=False)
+            await asyncio.sleep(0.005)
+            continue
+        except LoadFailed:
+            read |= {row[0]: row for row in before}
+            raise
         if signature(source) != before:
             continue
-        if not certain and 0 <= age < GRACE_S:
-            await asyncio.sleep(0.02)
+        read.clear()
+        read |= {row[0]: row for row in before}
+        return await asyncio.to_thread(_parse, source, files)
+
+
+def _unsettled_s(
+    source: Source, rows: Signature, read: Mapping[str, SignatureRow], whole: Collection[SignatureRow]
+) -> float:
+    """How long to wait until all files of *source* are quiet; 0 where they are.
+
+    A file that was renamed into its place is whole at once: it has another inode than the one read before, or its
+    inode changed after its bytes did.
+    """
+    now_ns = time.time_ns()
+    waits = [0.0]
+    for row in rows:
+        path, inode, _, mtime_ns, ctime_ns = row
+        old = read.get(path)
+        age_s = (now_ns - max(mtime_ns, ctime_ns)) / 1e9
+        if old == row or age_s < 0:
             continue
-        try:
-            return await asyncio.to_thread(_parse, source, files)
-        except HotdeskError:
-            if 0 <= age < GRACE_S:
-                await asyncio.sleep(0.02)
-                continue
-            raise
+        renamed = row in whole or ctime_ns > mtime_ns or (old is not None and old[1] != inode)
+        waits.append((PACKAGE_QUIET_S if source.kind == "folder" else 0.0) - age_s if renamed else GRACE_S - age_s)
+    return max(waits)
 
 
-def _read(source: Source, *, lease: bool = True) -> tuple[dict[str, bytes], bool]:
-    """All files' bytes, and whether it is certain that nobody was writing. `BlockingIOError`: somebody is."""
+async def _read_aside(source: Source, lease: bool) -> dict[str, bytes]:
+    try:
+        return await asyncio.to_thread(_read, source, lease=lease)
+    except (FileNotFoundError, BlockingIOError):
+        raise
+    except OSError as exc:
+        raise LoadFailed(source.name, "read", f"it can't be read: {exc.strerror}", file=exc.filename) from exc
+
+
+def _read(source: Source, *, lease: bool) -> dict[str, bytes]:
+    """All files' bytes. With *lease* a `BlockingIOError` tells that somebody has one open for writing."""
     base = source.path if source.kind == "folder" else source.path.parent
-    files, certain = {}, True
+    files = {}
     for path in source.files():
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             leased = lease and _lease(fd)
-            certain = certain and leased
             with os.fdopen(os.dup(fd), "rb") as file:
                 files[path.relative_to(base).as_posix()] = file.read()
             if leased:
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         finally:
             os.close(fd)
-    return files, certain
+    return files
 
 
 def _lease(fd: int) -> bool:

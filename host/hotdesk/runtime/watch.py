@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from watchfiles import Change, awatch
 
 from ..logs import Logger
 
-__all__ = ["Watch"]
+__all__ = ["Changes", "Watch"]
 
 STEP_MS = 5
 DEBOUNCE_MS = 20
@@ -29,9 +30,31 @@ SWEEP_S = 2.0
 
 SELF_TEST_S = 1.0
 
+OWN = ".hotdesk-watch-"
+"""How the names of the files begin that try the watch out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What changed in one go: all *paths*; of these, those that were *gone* at some moment, and those *moved* in."""
+
+    paths: frozenset[Path]
+    gone: frozenset[Path]
+    moved: frozenset[Path]
+    """Paths that appeared while another name in the same folder went: the end of a careful writer's rename."""
+
+    @classmethod
+    def of(cls, changes: Iterable[tuple[Change, str]]) -> Changes:
+        found = [(change, Path(path)) for change, path in changes if not _is_own(path)]
+        added = {path for change, path in found if change == Change.added}
+        gone = {path for change, path in found if change == Change.deleted}
+        left = {path.parent for path in gone}
+        moved = {path for path in added - gone if path.parent in left}
+        return cls(frozenset(path for _, path in found), frozenset(gone), frozenset(moved))
+
 
 class Watch:
-    """Calls `changed(paths)` after a change, and `sweep()` at the pace that the folders need, until `aclose`.
+    """Calls `changed(changes)` after a change, and `sweep()` at the pace that the folders need, until `aclose`.
 
     `mode` is "events", "polling" or "events, untested" (a read-only folder).
     """
@@ -40,7 +63,7 @@ class Watch:
         self,
         folders: list[Path],
         *,
-        changed: Callable[[set[Path]], None],
+        changed: Callable[[Changes], None],
         sweep: Callable[[], None],
         log: Logger,
         poll: bool = False,
@@ -70,7 +93,7 @@ class Watch:
                 "watch_polling",
                 folders=[str(f) for f in self._folders],
                 every_s=POLL_S,
-                reason="no events arrive here",
+                reason="watch_poll is set" if self._force_poll else "no events arrive here",
             )
         self._tasks.append(asyncio.create_task(self._sweeps(interval), name="hotdesk-sweep"))
 
@@ -90,20 +113,20 @@ class Watch:
                     watch_filter=_not_noise,
                     stop_event=self._stop,
                 ):
-                    self._tell({Path(path) for _, path in changes})
+                    self._tell(changes)
             except (OSError, RuntimeError) as exc:
                 self._log.warning("watch_failed", problem=str(exc), remedy="the sweep goes on; events are tried again")
                 await asyncio.sleep(1.0)
 
-    def _tell(self, paths: set[Path]) -> None:
-        if self._probe is not None and any(path.name == self._probe.name for path in paths):
+    def _tell(self, changes: Iterable[tuple[Change, str]]) -> None:
+        if self._probe is not None and any(Path(path).name == self._probe.name for _, path in changes):
             self._seen.set()
-        paths = {path for path in paths if not path.name.startswith(".hotdesk-watch-")}
-        if paths:
-            self._changed(paths)
+        told = Changes.of(changes)
+        if told.paths:
+            self._changed(told)
 
     async def _self_test(self, folder: Path) -> str:
-        self._probe = folder / f".hotdesk-watch-{uuid.uuid4().hex[:8]}"
+        self._probe = folder / f"{OWN}{uuid.uuid4().hex[:8]}"
         self._seen.clear()
         try:
             deadline = asyncio.get_running_loop().time() + SELF_TEST_S
@@ -129,7 +152,14 @@ class Watch:
     async def _sweeps(self, interval: float) -> None:
         while True:
             await asyncio.sleep(interval)
-            self._sweep()
+            try:
+                self._sweep()
+            except OSError as exc:
+                self._log.warning("watch_failed", problem=str(exc), remedy="the folders are looked through again")
+
+
+def _is_own(path: str) -> bool:
+    return Path(path).name.startswith(OWN)
 
 
 def _not_noise(change: Change, path: str) -> bool:

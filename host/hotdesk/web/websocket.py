@@ -53,6 +53,16 @@ class InFrame(MessageBody, frozen=True, kw_only=True):
     text: str = ""
 
 
+def _text_frame(data: bytes) -> bytes:
+    """An unmasked, uncompressed text frame (RFC 6455, 5.2)."""
+    size = len(data)
+    if size < 126:
+        return b"\x81%c" % size + data
+    if size < 65536:
+        return b"\x81\x7e" + size.to_bytes(2) + data
+    return b"\x81\x7f" + size.to_bytes(8) + data
+
+
 _in = msgspec.json.Decoder(InFrame).decode
 
 
@@ -149,6 +159,8 @@ class _Session:
     def _write(self, data: bytes) -> None:
         """Hand *data* to the socket without waiting; a reader that is too far behind is closed, resumably.
 
+        aiohttp's own send waits for the reader, and can't be left waiting, so whole frames go to the transport here.
+
         Too far is judged by what was sent before: one reply over the bound alone still reaches whoever reads.
         """
         if self._closing or self.ws.closed:
@@ -156,16 +168,10 @@ class _Session:
         if self._transport.get_write_buffer_size() > self._door._config.max_buffer_bytes:
             self._fall_behind()
             return
-        sending = self.ws.send_frame(data, WSMsgType.TEXT)
-        try:
-            sending.send(None)  # it writes at once; what it might wait for then is the reader, and we do not
-        except StopIteration:
-            pass
-        except ConnectionError:
+        if self._transport.is_closing():
             self._closing = True
             return
-        else:
-            sending.close()
+        self._transport.write(_text_frame(data))
 
     def _fall_behind(self) -> None:
         self._closing = True

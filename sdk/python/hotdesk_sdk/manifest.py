@@ -16,7 +16,7 @@ API_VERSIONS = ("1",)
 """The plugin API versions that this SDK describes, oldest first."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}\Z")
-_CAPABILITY = re.compile(r"(kv|llm|http:[a-z0-9*.-]+(:\d+)?)\Z")
+_CAPABILITY = re.compile(r"(kv|llm|http:[a-z0-9.-]+(:\d+)?)\Z")
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -95,7 +95,7 @@ class Desk(Protocol):
         """Everything said in a conversation, oldest first."""
 
     async def write(self, name: str, source: str) -> Any:
-        """Replace a plugin's file and wait until the change serves or is refused."""
+        """Replace a plugin's file and wait until the change serves or is refused; None if it is no plugin's."""
 
 
 def _find(path: Path, caller: Path) -> Path:

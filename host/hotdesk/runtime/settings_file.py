@@ -1,0 +1,43 @@
+"""Follows the `[plugins.*]` of the settings file while the host runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from ..config import PluginSettings, read_plugin_settings
+from ..errors import ConfigError
+from .events import Events
+
+__all__ = ["follow_settings"]
+
+SETTINGS_POLL_S = 0.25
+"""How often the settings file is looked at. Its folder often holds the data folder, whose events would flood us."""
+
+
+async def follow_settings(
+    file: Path, take: Callable[[dict[str, PluginSettings]], Awaitable[None]], events: Events
+) -> None:
+    """Call *take* with the settings after each change of *file*, until cancelled. A file that can't be read is told."""
+    seen = _stat(file)
+    while True:
+        await asyncio.sleep(SETTINGS_POLL_S)
+        now = _stat(file)
+        if now == seen or now is None:
+            continue
+        seen = now
+        try:
+            settings = read_plugin_settings(str(file))
+        except ConfigError as exc:
+            events.tell("settings_failed", file=str(file), message=str(exc))
+            continue
+        await take(settings)
+
+
+def _stat(file: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino

@@ -1,0 +1,1 @@
+"""Turns: what stops, what stays, and what a plugin can't break."""
