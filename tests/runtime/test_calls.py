@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from conftest import Desk, StartDesk, echo, wait_until
-
 from hotdesk.config import PluginSettings
 
 HEAD = "import asyncio, sys, time\nfrom hotdesk_sdk import hookimpl\n"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import Desk, StartDesk, echo, wait_until
 from tests.runtime.traffic import traffic
+
+from conftest import Desk, StartDesk, echo, wait_until
 
 HALF_BAD = (
     "from hotdesk_sdk import hookimpl\n\nCALLS = []\n\n"

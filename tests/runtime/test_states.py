@@ -7,8 +7,8 @@ import itertools
 from pathlib import Path
 
 import pytest
-from conftest import Desk, StartDesk, echo, wait_until
 
+from conftest import Desk, StartDesk, echo, wait_until
 from hotdesk.runtime.active import Generation, PluginState
 from hotdesk.runtime.sources import Bundle, Source
 from hotdesk_sdk import Manifest

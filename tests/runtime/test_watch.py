@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ADMIN_TOKEN, Desk, StartDesk, echo, wait_until
 from tests.runtime.traffic import traffic
 
+from conftest import ADMIN_TOKEN, Desk, StartDesk, echo, wait_until
 from hotdesk.app import open_host
 from hotdesk.config import Config
 

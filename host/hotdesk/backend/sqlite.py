@@ -35,11 +35,6 @@ _Write = tuple[Callable[[Journal], Any], asyncio.Future[Any]]
 GROUP = 512
 """How many writes one commit takes at the most: bounds how long the first of a burst waits for the last."""
 
-BUSY_GROUP = 8
-GATHER_S = 0.001
-"""After a group of at least 8 the writer waits a millisecond for the next one to grow: half as many commits at 4,000
-turns a second, and a tenth less CPU a turn. A quiet desk never waits."""
-
 BUSY_TIMEOUT_MS = 2_000
 """How long another program's lock on the file is waited for."""
 
@@ -59,7 +54,6 @@ class SqliteBackend:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._stopping = False
-        self._last_group = 0
         self._db: sqlite3.Connection
         self._journal: Journal
         self._readers = concurrent.futures.ThreadPoolExecutor(2, "hotdesk-read", initializer=self._open_reader)
@@ -119,8 +113,6 @@ class SqliteBackend:
         """Wait for a write, and take what else has come by then; empty when it is time to stop."""
         group: list[_Write] = []
         item = self._queue.get()
-        if self._last_group >= BUSY_GROUP:
-            time.sleep(GATHER_S)
         try:
             while item is not None:
                 group.append(item)
@@ -135,7 +127,6 @@ class SqliteBackend:
 
     def _write(self) -> None:
         while group := self._next_group():
-            self._last_group = len(group)
             started = time.perf_counter()
             results = self._commit(group)
             took = time.perf_counter() - started

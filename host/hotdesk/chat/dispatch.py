@@ -184,7 +184,7 @@ class Dispatch:
     async def _driven(
         self, slot: Slot, hook: BoundHook, turn: TurnRun, driver: _Driver, reply: Reply
     ) -> AsyncIterator[str]:
-        """What `turn.stream()` was given, and then the rest of what was returned, so that every layer sees all of it."""
+        """What `turn.stream()` was given, and then the rest of what was returned, seen by every layer."""
         said: list[str] = []
         try:
             while True:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import math
 import random
 import time
@@ -41,9 +42,13 @@ RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """The waits between tries to put a turn's end on disk; the last is repeated."""
 
 
+_PROCESS = f"{time.time_ns() // 1_000_000:011x}{random.SystemRandom().getrandbits(62):016x}"
+_COUNT = itertools.count()
+
+
 def new_id(prefix: str) -> str:
-    """An id that sorts by time and is unique without asking anybody: milliseconds, then 62 random bits."""
-    return f"{prefix}{time.time_ns() // 1_000_000:011x}{random.getrandbits(62):016x}"
+    """Unique without asking anybody, and sorted by age: when this process began, 62 random bits, a count."""
+    return f"{prefix}{_PROCESS}{next(_COUNT):08x}"
 
 
 _OUTCOME_OF = {"turn_refused": "refused", "stream_cut": "cut"}

@@ -120,6 +120,7 @@ class _Process:
         self._put(logging.Logger, "addHandler", _note_handler)
         self._put(threading.Thread, "start", _note_thread)
         self._put(atexit, "register", _note_atexit)
+        self._put(atexit, "unregister", _forget_atexit)
         self._put(REGISTRY, "register", _note_metric)
 
     def remove(self) -> None:
@@ -170,6 +171,15 @@ def _note_atexit(original: Callable[..., Any]) -> Callable[..., Any]:
         return func
 
     return register
+
+
+def _forget_atexit(original: Callable[..., None]) -> Callable[..., None]:
+    def unregister(func: Any, /) -> None:
+        original(func)
+        if (generation := CURRENT.get()) is not None:
+            generation.strays = [stray for stray in generation.strays if stray != ("atexit", func)]
+
+    return unregister
 
 
 def _note_metric(original: Callable[..., None]) -> Callable[..., None]:

@@ -16,7 +16,9 @@ import logging
 import sys
 import threading
 import time
+import types
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
@@ -165,13 +167,9 @@ def _remove_handlers(added: list[tuple[logging.Logger, logging.Handler]], prefix
 
 
 def _unregister_atexit(functions: list[Any]) -> list[Leftover]:
-    left = []
     for function in functions:
-        before = atexit._ncallbacks()  # the one way to know whether it was still there
         atexit.unregister(function)
-        if atexit._ncallbacks() < before:
-            left.append(Leftover("atexit", f"'{getattr(function, '__qualname__', function)}'", True))
-    return left
+    return [Leftover("atexit", f"'{getattr(function, '__qualname__', function)}'", True) for function in functions]
 
 
 async def _cancel_tasks(generation: Generation) -> list[Leftover]:
@@ -222,15 +220,16 @@ async def _end_threads(noted: list[Any], prefix: str) -> list[Leftover]:
 
 
 def describe_holders(target: Any) -> str:
-    """In words, what holds *target*: looks through the whole heap, so only for a report."""
-    words = []
-    ignore = {id(sys._getframe())}
-    for holder in gc.get_referrers(target):
-        if id(holder) in ignore or (isinstance(holder, list) and target in holder[:1]):
+    """In words, what holds *target*: looks through the whole heap, so only for a report.
+
+    The globals of modules are walked, for the collector does not show what lived before it was frozen; then it is asked.
+    """
+    words = list(_holding_globals(target))
+    ignore = {id(words), id(getattr(target, "__mro__", None))}
+    for holder in () if words else gc.get_referrers(target):
+        if id(holder) in ignore or isinstance(holder, types.GetSetDescriptorType | types.FrameType):
             continue
-        if isinstance(holder, ModuleType):
-            words.append(f"module {holder.__name__}")
-        elif isinstance(holder, dict):
+        if isinstance(holder, dict):
             owner = holder.get("__name__")
             keys = [str(key) for key, value in holder.items() if value is target][:1]
             words.append(f"{owner or 'a dict'}[{keys[0] if keys else '?'}]")
@@ -239,3 +238,16 @@ def describe_holders(target: Any) -> str:
         else:
             words.append(type(holder).__qualname__)
     return ", ".join(dict.fromkeys(words[:5])) or "nothing that can be seen from Python"
+
+
+def _holding_globals(target: Any) -> Iterator[str]:
+    """The globals, by module and name, that are *target* or a container of it."""
+    for module_name, module in list(sys.modules.items()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            items: Iterable[Any] = (value,)
+            if type(value) is dict:
+                items = (*value, *value.values())
+            elif type(value) in (list, tuple, set, frozenset):
+                items = tuple(value)
+            if any(item is target for item in items):
+                yield f"{module_name}.{name}"

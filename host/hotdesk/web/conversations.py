@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -43,13 +44,13 @@ class Conversations:
         self._streams = metrics.connections.labels("sse")
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        self._waiting: set[asyncio.Future[Ended]] = set()
+        self._waiting: set[Callable[[], None]] = set()
 
     def stop(self) -> None:
         """End the event streams and the waits: who listens comes back elsewhere, or later."""
         self._stopping.set()
-        for future in self._waiting:
-            future.cancel()
+        for time_is_up in tuple(self._waiting):
+            time_is_up()
 
     def _enter(self, request: web.Request) -> tuple[str, str]:
         """The conversation, and on whose account the request goes. Raises `DoorError`."""
@@ -73,7 +74,8 @@ class Conversations:
                 new.conversation, new.text, new.id, type(new.sender)(visitor, new.sender.name), new.attachments,
                 new.metadata, new.locale,
             )  # fmt: skip
-        self._access.check_rate(new.sender.id or request.remote or "")
+        if self._config.rate_per_minute:
+            self._access.check_rate(new.sender.id or request.remote or "")
         if "text/event-stream" in request.headers.get("Accept", ""):
             return await self._post_stream(request, new)
         accepted, ended = await self._say(new, wait)
@@ -119,11 +121,12 @@ class Conversations:
 
         self._intake.accept_nowait(new, told, door="http")
         handle = loop.call_later(wait, time_is_up)
+        self._waiting.add(time_is_up)
         try:
             ended = await future
         finally:
             handle.cancel()
-            self._waiting.discard(future)
+            self._waiting.discard(time_is_up)
         accepted = known[0]
         if accepted.turn is None:
             outcome = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
@@ -131,7 +134,7 @@ class Conversations:
         return accepted, ended
 
     async def _post_stream(self, request: web.Request, new: NewMessage) -> web.StreamResponse:
-        sink = _SseSink(self._config.max_buffer_bytes)
+        sink = _SseSink(self._config.max_buffer_bytes, at_stop=STOPPING)
         told: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
 
         def tell(outcome: Accepted | BaseException) -> None:
@@ -211,8 +214,9 @@ class _SseSink:
     Too far is judged by what was sent before: one event over the bound alone still reaches whoever reads.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, at_stop: Event | None = None) -> None:
         self._limit = limit
+        self._at_stop = at_stop
         self._queue: list[bytes] = []
         self._size = 0
         self._wake = asyncio.Event()
@@ -259,8 +263,13 @@ class _SseSink:
                     self._size = 0
                     self._room.set()
                     await self._write(response, data)
-                if self._ended or stop.done():
+                if self._ended:
                     return
+                if stop.done():
+                    if self._at_stop is None:
+                        return
+                    self.end(self._at_stop)
+                    continue
                 self._wake.clear()
                 woken = asyncio.ensure_future(self._wake.wait())
                 done, _ = await asyncio.wait({stop, woken}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
