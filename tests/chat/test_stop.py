@@ -129,14 +129,20 @@ async def test_who_waits_is_told_that_the_host_stops(tmp_path: Path) -> None:
             async with desk.http.get(f"{desk.url}/v1/conversations/c/events", params={"after": "0"}) as response:
                 return [event.kind async for event in sse_events(response)]
 
+        async def connected() -> Any:
+            async with desk.http.ws_connect(f"{desk.url}/v1/ws", params={"conversation": "e"}) as ws:
+                return (await ws.receive()).data
+
         waiting = asyncio.ensure_future(send(desk, "30", wait="60"))
         streaming = asyncio.ensure_future(streamed())
         listener = asyncio.ensure_future(listening())
+        socket = asyncio.ensure_future(connected())
         await wait_until(lambda: desk.host.turns.live == 2, "two turns are accepted")
-        async with desk.http.ws_connect(f"{desk.url}/v1/ws", params={"conversation": "e"}) as ws:
-            assert await stop() < 4
-            closed = await ws.receive()
-            assert (closed.type, closed.data) == (aiohttp.WSMsgType.CLOSE, 1012)
+        await wait_until(
+            lambda: desk.host.metrics.registry.get_sample_value("hotdesk_websockets") == 1, "the socket is open"
+        )
+        assert await stop() < 4
+        assert await socket == 1012
         assert (await waiting)[0] == 202
         assert await streaming == ["accepted", "stopping"]
         assert await listener == ["message"]

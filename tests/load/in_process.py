@@ -11,12 +11,13 @@ import sqlite3
 import time
 from pathlib import Path
 
+from tests.load.hosts import work_folder
+from tests.load.report import Figure, run_main
+
 from hotdesk.app import Host, open_host
 from hotdesk.chat.intake import NewMessage
 from hotdesk.config import Config
 from hotdesk.logs import configure_logs
-from tests.load.hosts import work_folder
-from tests.load.report import Figure, run_main
 
 __all__ = ["measure"]
 

@@ -101,7 +101,7 @@ async def check_refusals(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_bad_update_changes_nothing(start_desk: StartDesk, kind: str) -> None:
-    """Twenty times: the old generation answers everything, the failure is told with step, file and line, the fix serves."""
+    """Twenty times: the old generation answers all, the failure is told with step, file and line, the fix serves."""
     bad = KINDS[kind]
     desk = await start_desk({"bot.py": good(1)}, setup_timeout_s=0.1)
 
@@ -135,7 +135,7 @@ async def test_a_half_written_update_that_stays_half_is_refused(start_desk: Star
 
 @pytest.mark.slow
 async def test_a_name_clash_changes_nothing(start_desk: StartDesk) -> None:
-    """A second source of a name that serves is refused with both paths; taking it away, or saving the first, mends it."""
+    """A second source of a name that serves is refused with both paths; taking it away mends it."""
     desk = await start_desk({"bot.py": good(1)})
     rival = desk.folder / "bot"
     rival.mkdir()
@@ -177,7 +177,10 @@ async def test_a_bad_update_leaves_nothing_of_itself(start_desk: StartDesk) -> N
         "logging.getLogger().addHandler(logging.NullHandler())\n"
         "C = Counter('left_by_a_bad_update', 'x')\n"
     )
-    late = f"{good(2)}{dirty}\n@hookimpl\nasync def setup(ctx):\n    T = asyncio.create_task(asyncio.sleep(99))\n    ctx.task(asyncio.sleep(99))\n    raise ValueError\n"
+    late = (
+        f"{good(2)}{dirty}\n@hookimpl\nasync def setup(ctx):\n    T = asyncio.create_task(asyncio.sleep(99))\n"
+        "    ctx.task(asyncio.sleep(99))\n    raise ValueError\n"
+    )
     early = f"{dirty}raise ValueError('while it is imported')\n"
     for number, source in enumerate((late, early, late, early), 1):
         desk.write("bot.py", f"{source}# {number}\n")

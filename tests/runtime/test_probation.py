@@ -23,7 +23,7 @@ async def gone(desk: Desk, name: str = "echo") -> None:
 
 @pytest.mark.parametrize("standby_s", [5.0, 0.0], ids=["standby", "reload from kept bytes"])
 async def test_a_generation_that_fails_half_its_calls_is_rolled_back(start_desk: StartDesk, standby_s: float) -> None:
-    """Within 20 calls and 1 s the old code answers again; every message was answered, by old or new, none by an error."""
+    """Within 20 calls and 1 s the old code answers again; every message had an answer, and none an error."""
     desk = await start_desk({"echo.py": echo(1)}, standby_s=standby_s)
     async with traffic(desk) as seen:
         await seen.wait_more()
@@ -78,7 +78,8 @@ async def test_a_timeout_in_probation_counts(start_desk: StartDesk) -> None:
     desk = await start_desk({"echo.py": echo(1), "echo.toml": "timeout_ms = 100"}, standby_s=5.0)
     desk.write(
         "echo.py",
-        "import asyncio\nfrom hotdesk_sdk import hookimpl\n@hookimpl\nasync def respond(turn): await asyncio.sleep(9)\n",
+        "import asyncio\nfrom hotdesk_sdk import hookimpl\n"
+        "@hookimpl\nasync def respond(turn): await asyncio.sleep(9)\n",
     )
     await desk.wait_generation("echo", 2)
     assert await desk.reply() == "1: hello"

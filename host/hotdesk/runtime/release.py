@@ -198,6 +198,8 @@ def _cancel_timers(generation: Generation) -> list[Leftover]:
         if not handle.cancelled() and handle.when() > now:
             handle.cancel()
             left.append(Leftover("timer", "set with loop.call_later", True))
+        if handle.cancelled() and hasattr(handle, "_context"):
+            handle._context = None  # asyncio keeps cancelled timers until it has a hundred, and their contexts hold us
     generation.stray_timers = None
     return left
 
@@ -222,7 +224,7 @@ async def _end_threads(noted: list[Any], prefix: str) -> list[Leftover]:
 def describe_holders(target: Any) -> str:
     """In words, what holds *target*: looks through the whole heap, so only for a report.
 
-    The globals of modules are walked, for the collector does not show what lived before it was frozen; then it is asked.
+    The globals of modules are walked first, for the collector does not show what lived before it was frozen.
     """
     words = list(_holding_globals(target))
     ignore = {id(words), id(getattr(target, "__mro__", None))}
