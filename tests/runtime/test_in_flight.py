@@ -74,8 +74,7 @@ async def test_a_stream_in_flight_goes_on_on_the_old_code(start_desk: StartDesk)
             f"{desk.url}/v1/conversations/c/messages", json={"text": "x"}, headers={"Accept": "text/event-stream"}
         ) as response:
             async for line in response.content:
-                if line.startswith(b"data:") and b'"index"' in line:
-                    chunks.append(line.decode())
+                chunks.extend([line.decode()] if line.startswith(b"data:") and b'"index"' in line else [])
 
     reading = asyncio.create_task(read())
     await wait_until(lambda: len(chunks) >= 2, "the stream has begun")
@@ -116,7 +115,8 @@ async def test_one_plugins_change_never_touches_another(start_desk: StartDesk) -
     other = (
         f"{HEAD}COUNT = []\n"
         "@hookimpl\nasync def setup(ctx):\n"
-        "    async def run():\n        while True:\n            COUNT.append(1)\n            await asyncio.sleep(0.001)\n"
+        "    async def run():\n        while True:\n"
+        "            COUNT.append(1)\n            await asyncio.sleep(0.001)\n"
         "    ctx.task(run(), 'count')\n"
         "@hookimpl\nasync def on_reply(reply): ...\n"
     )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ from ..logs import configure_logs, logs_are_for_people
 from .receipts import event_line
 
 __all__ = ["run"]
+
+DEAF_S = 1.0
+"""How long a task may take to hear that the host has stopped."""
 
 
 @click.command()
@@ -81,6 +85,21 @@ async def _serve(config: Config, *, as_json: bool) -> None:
     if not as_json:
         left = host.turns.live
         click.echo("stopped" if not left else f"stopped; {left} turns are in the journal and run at the next start")
+    await _leave_the_deaf()
+
+
+async def _leave_the_deaf() -> None:
+    """End the process if a plugin's task ignores its cancellation: the loop would wait for it for ever.
+
+    Everything is closed and on disk by now.
+    """
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others and (await asyncio.wait(others, timeout=DEAF_S))[1]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _greet(host: Host) -> None:

@@ -259,8 +259,8 @@ def users_of(generation: Generation) -> int:
     return sum(snapshot.users for snapshot in generation.snapshots)
 
 
-async def wait_drained(generation: Generation, timeout_s: float, wake: asyncio.Event) -> bool:
-    """Wait until nobody uses *generation*; False when *timeout_s* went by first."""
+async def wait_drained(generation: Generation, timeout_s: float | None, wake: asyncio.Event) -> bool:
+    """Wait until nobody uses *generation*; False when *timeout_s*, if there is one, went by first."""
     try:
         async with asyncio.timeout(timeout_s):
             while generation.snapshots:

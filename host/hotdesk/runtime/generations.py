@@ -210,25 +210,27 @@ class Maker:
 
     async def _undo(self, generation: Generation) -> None:
         generation.move(PluginState.FAILED)
-        for what in await self._release(generation, drained=True):
+        for what in await self.release_all(generation):
             self._log.info("plugin_undone", plugin=generation.plugin, generation=generation.number, what=what)
         generation.move(PluginState.CLOSED)
 
-    async def end(self, generation: Generation, *, drained: bool) -> list[str]:
-        """Tear down and release a generation that served; return what it left, in words."""
+    async def tear_down(self, generation: Generation) -> list[str]:
+        """Run `teardown` and undo all that came through `ctx`; return what went wrong, in words."""
         problems = []
         try:
             await self._lifecycle(generation, "teardown")
         except LoadFailed as exc:
             problems.append(f"teardown {exc.problem}")
-        return [*problems, *await self._release(generation, drained=drained)]
+        inside = self._inside.get(generation)
+        return [*problems, *(await inside.scope.aclose() if inside else [])]
 
-    async def _release(self, generation: Generation, *, drained: bool) -> list[str]:
+    async def release_all(self, generation: Generation) -> list[str]:
+        """Sweep a generation that nobody uses any more; return what it left, in words."""
         inside = self._inside.pop(generation, None)
         if inside is None:
             return []
         problems = await inside.scope.aclose()
-        left: list[Leftover] = await self.release.sweep(generation, clear=drained)
+        left: list[Leftover] = await self.release.sweep(generation)
         return [*problems, *map(str, left)]
 
 

@@ -10,8 +10,10 @@ import contextvars
 import ctypes
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import inspect
 import itertools
+import linecache
 import re
 import sys
 import threading
@@ -42,6 +44,8 @@ class PythonLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def __init__(self) -> None:
         self._bundles: dict[str, Bundle] = {}
+        self._shown: dict[str, str] = {}
+        """The path that tracebacks show, to the generation's module whose source they show for it."""
 
     def install(self) -> None:
         sys.meta_path.insert(0, self)
@@ -75,8 +79,12 @@ class PythonLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             raise LoadFailed(generation.plugin, "import", text, file=file, line=line) from None
 
     def forget(self, name: str) -> None:
-        """Take a generation's modules out of `sys.modules`, and its source out of the finder."""
-        self._bundles.pop(name, None)
+        """Take a generation's modules out of `sys.modules`, and its source out of the finder and out of tracebacks."""
+        bundle = self._bundles.pop(name, None)
+        for path in bundle.paths if bundle is not None else ():
+            if self._shown.get(path) == name:
+                del self._shown[path]
+                linecache.cache.pop(path, None)
         for module in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
             del sys.modules[module]
 
@@ -110,7 +118,18 @@ class PythonLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         spec = module.__spec__
         assert spec is not None
         bundle = self._bundles[spec.name.partition(".")[0]]
-        exec(bundle.code[spec.loader_state], module.__dict__)
+        name: str = spec.loader_state
+        self._show(spec.name.partition(".")[0], bundle.code[name].co_filename, bundle.files[name])
+        exec(bundle.code[name], module.__dict__)
+
+    def _show(self, name: str, path: str, source: bytes) -> None:
+        """Have tracebacks show *source* for *path*: Python itself would read the file as it is now."""
+        try:
+            lines = importlib.util.decode_source(source).splitlines(keepends=True)
+        except (SyntaxError, UnicodeDecodeError):
+            return
+        self._shown[path] = name
+        linecache.cache[path] = (len(source), None, lines, path)
 
     def get_source(self, fullname: str) -> str | None:
         """The source as it was loaded, for tracebacks."""

@@ -1,7 +1,7 @@
 """The end of a generation: what it left is taken away, and that it is gone is proven.
 
 Known roots are swept (modules, tasks, timers, threads, logging handlers, atexit, singledispatch, the global metrics
-registry, linecache); then weak references to the module's functions and classes tell whether anything still holds
+registry); then weak references to the module's functions and classes tell whether anything still holds
 them. What can't be freed is named, with its holder.
 """
 
@@ -11,7 +11,6 @@ import asyncio
 import atexit
 import functools
 import gc
-import linecache
 import logging
 import sys
 import threading
@@ -66,10 +65,10 @@ class Release:
         """How many released generations something still holds, as far as is known without a collection."""
         return sum(1 for refs in self._watched.values() if any(ref() is not None for ref in refs))
 
-    async def sweep(self, generation: Generation, *, clear: bool) -> list[Leftover]:
-        """Take away what *generation* left at the known roots, and let go of its modules.
+    async def sweep(self, generation: Generation) -> list[Leftover]:
+        """Take away what *generation*, which nobody uses any more, left at the known roots, and empty its modules.
 
-        With *clear* the modules are emptied too, unless something that could not be freed still runs on them.
+        They are not emptied when something that could not be freed still runs on them.
         """
         left: list[Leftover] = []
         left += await _cancel_tasks(generation)
@@ -85,13 +84,11 @@ class Release:
         self._loader.forget(prefix)
         objects = [value for module in modules for value in _own_objects(module, prefix)]
         left += self._sweep_singledispatch(prefix)
-        for path in generation.bundle.paths:
-            linecache.cache.pop(path, None)
         self._watched[(generation.plugin, generation.number, prefix)] = [weakref.ref(value) for value in objects]
         generation.hooks = {}
         generation.tools = []
         generation.routes = None
-        clear = clear and all(item.freed for item in left)
+        clear = all(item.freed for item in left)
         del objects
         for module in modules:
             if clear:

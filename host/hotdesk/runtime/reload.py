@@ -1,7 +1,7 @@
 """Makes plugins come, change and go: beside what serves, then by one assignment. See design section 4, "a swap".
 
-`Plugins` owns the entries and decides. `generations.Maker` builds a generation, `retirement.Retirement` sees one off,
-`rollback.Rollback` goes back. Each plugin's changes run one at a time under its own lock, taken after those of what
+`Plugins` owns the entries and decides. `swapper.Swapper` loads and swaps, `generations.Maker` builds a generation,
+`retirement.Retirement` sees one off, `rollback.Rollback` goes back. Each plugin's changes run one at a time under its own lock, taken after those of what
 it requires.
 """
 
@@ -24,21 +24,19 @@ from .active import Active, Generation, PluginState, Slot
 from .call import Calls
 from .entries import Entry, Kept, merged, slot_for
 from .events import Events
-from .generations import Maker, Prepared
+from .generations import Maker
 from .guards import host_task
 from .ledger import Ledger
 from .places import Places, joined
-from .requirements import dependants_of, find_circle, missing_of
+from .requirements import dependants_of
 from .retirement import Retirement
 from .rollback import NothingToRollBackTo, Rollback
 from .settings_file import follow_settings
 from .sources import Bundle, Signature, Source, find_entry_points, settle
+from .swapper import Swapper
 from .watch import Changes, Watch
 
 __all__ = ["NothingToRollBackTo", "PluginDisabled", "Plugins"]
-
-MAX_TRIES = 5
-"""How often a load begins anew because what it requires, or what requires it, changed meanwhile."""
 
 
 class PluginDisabled(HotdeskError):
@@ -82,6 +80,16 @@ class Plugins:
         self._closing = False
         self._ledger = Ledger(config, metrics, events)
         self._retirement = Retirement(config, maker=maker, ledger=self._ledger, spawn=self._spawn)
+        self._swapper = Swapper(
+            config,
+            self._entries,
+            active=active,
+            maker=maker,
+            ledger=self._ledger,
+            retirement=self._retirement,
+            settings=self._settings_of,
+            served=self._on_served,
+        )
         self._rollback = Rollback(
             self._entries,
             active=active,
@@ -131,6 +139,7 @@ class Plugins:
     async def aclose(self) -> None:
         """Stop watching, give up what is being loaded, then end every generation: those that require others first."""
         self._closing = True
+        self._swapper.close()
         if self._watch is not None:
             await self._watch.aclose()
         loading = {*self._updates, *([self._following] if self._following else ())}
@@ -305,123 +314,13 @@ class Plugins:
         elif bundle.digest == entry.refused and not force:
             self._log.info("plugin_unchanged", plugin=entry.name, reason="these bytes were rolled back")
         else:
-            await self._load(entry, bundle, since, {"settle_ms": (settled - since) * 1000})
+            await self._swapper.load(entry, bundle, since, {"settle_ms": (settled - since) * 1000})
 
     # -- loading ---------------------------------------------------------------------------------------------
 
-    def _is_ready(self, entry: Entry, bundle: Bundle) -> bool:
-        """Whether all that *bundle* requires serves; False: it waits. Raises `LoadFailed` when it never can."""
-        requires = entry.wants = bundle.manifest.requires
-        circle = find_circle(self._entries, entry.name, requires)
-        if circle is not None:
-            failed = LoadFailed(entry.name, "requires", f"it requires itself: {' → '.join(circle)}")
-            for other in (self._entries[name] for name in circle[1:-1]):
-                if other.current is None:
-                    problem = f"it requires itself, by way of '{entry.name}': {' → '.join(circle)}"
-                    self._ledger.note_failed(other, LoadFailed(other.name, "requires", problem))
-            entry.waiting_for = circle[1]
-            raise failed
-        missing = missing_of(self._entries, requires)
-        entry.waiting_for = missing[0] if missing else None
-        if missing and entry.current is not None:
-            raise LoadFailed(entry.name, "requires", f"it requires '{missing[0]}', which does not serve")
-        if missing:
-            entry.problem = None
-            self._events.tell("plugin_waiting", plugin=entry.name, waiting_for=missing[0])
-        return not missing
-
-    async def _load(
-        self, entry: Entry, bundle: Bundle, since: float, steps: dict[str, float], *, probation: bool = True
-    ) -> None:
-        """Load *bundle* beside what serves, together with all that requires it, and swap. Raises `HotdeskError`."""
-        for _ in range(MAX_TRIES):
-            if self._closing or not self._is_ready(entry, bundle):
-                return
-            dependants = dependants_of(self._entries, entry.name)
-            async with contextlib.AsyncExitStack() as stack:
-                for dependant in dependants:
-                    await stack.enter_async_context(dependant.lock)
-                around = self._around(entry, bundle)
-                if around[0] != dependants:
-                    continue
-                group = [(entry, bundle), *((one, one.current.bundle) for one in dependants if one.current is not None)]
-                await self._retirement.make_room(one for one, _ in group)
-                prepared = await self._prepare(group, steps)
-                if self._closing or self._around(entry, bundle) != around:
-                    await self._discard(prepared)
-                    continue
-                self._serve(prepared, since, steps, probation)
-            self._wake_waiting(entry.name)
-            return
-        raise LoadFailed(entry.name, "requires", "the plugins around it kept changing; save it again")
-
-    def _around(self, entry: Entry, bundle: Bundle) -> tuple[list[Entry], list[Generation | None]]:
-        """What a load of *bundle* rests on: its dependants, and the generations that it and they require."""
-        dependants = dependants_of(self._entries, entry.name)
-        requires = {name for one in dependants if one.current for name in one.current.manifest.requires}
-        names = sorted({*bundle.manifest.requires, *requires} - {entry.name, *(one.name for one in dependants)})
-        return dependants, [one.current if (one := self._entries.get(name)) else None for name in names]
-
-    async def _prepare(self, group: list[tuple[Entry, Bundle]], steps: dict[str, float]) -> list[Prepared]:
-        prepared: list[Prepared] = []
-        modules: dict[str, Any] = {}
-        try:
-            for entry, bundle in group:
-                entry.loading = entry.current is None
-                needs = {name: modules.get(name) or self._module_of(name) for name in bundle.manifest.requires}
-                made = await self._maker.make(
-                    bundle,
-                    entry.last_number + 1,
-                    old=entry.current,
-                    settings=self._settings.get(entry.name, PluginSettings()),
-                    modules=needs,
-                    breaker=self._ledger.breaker(entry.name),
-                    steps=steps if not prepared else {},
-                )
-                prepared.append(made)
-                modules[entry.name] = made.module
-        except BaseException:
-            await self._discard(prepared)
-            raise
-        finally:
-            for entry, _ in group:
-                entry.loading = False
-        return prepared
-
-    async def _discard(self, prepared: list[Prepared]) -> None:
-        while prepared:
-            await self._maker.discard(prepared.pop())
-
-    def _module_of(self, name: str) -> Any:
-        entry = self._entries.get(name)
-        return None if entry is None or entry.current is None else self._maker.module_of(entry.current)
-
-    def _serve(self, prepared: list[Prepared], since: float, steps: dict[str, float], probation: bool) -> None:
-        """One assignment; then the books. Plain `def`: nobody can see half of it."""
-        start = time.monotonic()
-        names = {made.generation.plugin for made in prepared}
-        kept = [slot for slot in self._active.current.slots if slot.generation.plugin not in names]
-        snapshot = self._active.build([*kept, *(made.slot for made in prepared)])
-        pairs: list[tuple[Entry, Slot | None, Generation]] = []
-        for made in prepared:
-            generation, entry = made.generation, self._entries[made.generation.plugin]
-            generation.move(PluginState.ACTIVE)
-            if entry.current is not None and entry.slot is not None:
-                entry.current.move(PluginState.DRAINING)
-                pairs.append((entry, entry.slot, entry.current))
-            if probation and (entry.current is not None or entry.kept):
-                generation.probation_left = self._config.probation_calls
-        self._active.swap(snapshot)
-        now = time.monotonic()
-        steps["swap_ms"] = (now - start) * 1000
-        steps["total_ms"] = (now - since) * 1000
-        for made in prepared:
-            entry = self._entries[made.generation.plugin]
-            self._maker.hand_over(entry.current, made.generation)
-            self._ledger.note_swapped(entry, made, since, steps)
-            self._numbers[entry.name] = entry.last_number
-        if pairs:
-            self._retirement.stand_by(pairs)
+    def _on_served(self, entry: Entry) -> None:
+        self._numbers[entry.name] = entry.last_number
+        self._wake_waiting(entry.name)
 
     def _wake_waiting(self, name: str) -> None:
         for entry in list(self._entries.values()):
@@ -429,7 +328,7 @@ class Plugins:
                 self._begin_update(entry, told=True)
 
     async def _load_kept(self, entry: Entry, kept: Kept) -> None:
-        await self._load(entry, kept.bundle, time.monotonic(), {"settle_ms": 0.0}, probation=False)
+        await self._swapper.load(entry, kept.bundle, time.monotonic(), {"settle_ms": 0.0}, probation=False)
 
     # -- unloading -------------------------------------------------------------------------------------------
 
@@ -536,7 +435,7 @@ class Plugins:
         self._events.tell("plugin_disabled", plugin=entry.name)
 
     def _is_enabled(self, name: str) -> bool:
-        return self._overrides.get(name, self._settings.get(name, PluginSettings()).enabled)
+        return self._overrides.get(name, self._settings_of(name).enabled)
 
     # -- settings --------------------------------------------------------------------------------------------
 
@@ -564,20 +463,22 @@ class Plugins:
             self._active.swap(self._active.build([*others, slot]))
         await self._reconfigure(entry, current.bundle)
 
+    def _settings_of(self, name: str) -> PluginSettings:
+        return self._settings.get(name, PluginSettings())
+
     def _newest_slot(self, slot: Slot) -> Slot:
-        settings = self._settings.get(slot.generation.plugin, PluginSettings())
-        return slot_for(slot.generation, settings, slot.breaker)
+        return slot_for(slot.generation, self._settings_of(slot.generation.plugin), slot.breaker)
 
     async def _reconfigure(self, entry: Entry, bundle: Bundle) -> None:
         """Give a generation its new config: through `configure` where that takes it, by a swap where not."""
         current = entry.current
         if current is None:
             return
-        config = merged(bundle.manifest.config, self._settings.get(entry.name, PluginSettings()).config)
+        config = merged(bundle.manifest.config, self._settings_of(entry.name).config)
         if config == self._maker.config_of(current):
             return
         if await self._maker.configure(current, config):
             current.bundle, current.manifest = bundle, bundle.manifest
             self._events.tell("plugin_configured", plugin=entry.name, generation=current.number)
         else:
-            await self._load(entry, bundle, time.monotonic(), {"settle_ms": 0.0})
+            await self._swapper.load(entry, bundle, time.monotonic(), {"settle_ms": 0.0})

@@ -138,23 +138,29 @@ class Retirement:
             wake.set()
 
     async def _end(self, entry: Entry, generation: Generation) -> None:
-        """Drain, tear down, undo, sweep."""
+        """Drain, tear down, undo; then sweep. What still runs after the drain keeps its code until it has ended."""
         wake = self._drain_wakes[generation] = asyncio.Event()
         under_way = users_of(generation)
         try:
             drained = await wait_drained(generation, self._config.drain_timeout_s, wake)
+            if entry.receipt is not None and entry.receipt.before == generation.number:
+                entry.receipt.drained = under_way
+            if not drained:
+                self._note(entry, generation, [f"turns still under way: {users_of(generation)}"])
+            left = await self._maker.tear_down(generation)
+            await wait_drained(generation, None, wake)
         finally:
             del self._drain_wakes[generation]
-        if entry.receipt is not None and entry.receipt.before == generation.number:
-            entry.receipt.drained = under_way
-        leftovers = [] if drained else [f"turns still under way: {users_of(generation)}"]
-        leftovers += await self._maker.end(generation, drained=drained)
+            left_behind = await self._maker.release_all(generation)
         generation.move(PluginState.CLOSED)
+        self._note(entry, generation, [*left, *left_behind])
+        if not self._closing:
+            self._spawn(self._prove(entry, generation.number))
+
+    def _note(self, entry: Entry, generation: Generation, leftovers: list[str]) -> None:
         if leftovers:
             entry.leftovers = leftovers
             self._ledger.note_leftovers(entry, generation.number, leftovers)
-        if not self._closing:
-            self._spawn(self._prove(entry, generation.number))
 
     async def _prove(self, entry: Entry, number: int) -> None:
         """See that nothing of a generation is left; name what is, and what holds it."""

@@ -18,7 +18,7 @@ from ..metrics import Metrics
 from ..runtime.entries import Entry
 from ..runtime.events import Events
 from ..runtime.generations import Maker
-from ..runtime.reload import NothingToRollBackTo, Plugins
+from ..runtime.reload import NothingToRollBackTo, PluginDisabled, Plugins
 from .access import Access
 from .wire import SSE_HEADERS, conversation_of, decode, json_response, sse
 
@@ -126,7 +126,7 @@ class Admin:
             await getattr(self._plugins, action)(name)
         except UnknownPlugin:
             raise
-        except NothingToRollBackTo as exc:
+        except (NothingToRollBackTo, PluginDisabled) as exc:
             raise DoorError("conflict", str(exc)) from exc
         except HotdeskError as exc:
             raise DoorError("unprocessable", str(exc)) from exc
