@@ -63,7 +63,14 @@ class Release:
     @property
     def unproven(self) -> int:
         """How many released generations something still holds, as far as is known without a collection."""
-        return sum(1 for refs in self._watched.values() if any(ref() is not None for ref in refs))
+        return len(self._held())
+
+    def unproven_of(self, plugin: str) -> int:
+        """The same for one plugin."""
+        return sum(name == plugin for name, _, _ in self._held())
+
+    def _held(self) -> list[tuple[str, int, str]]:
+        return [key for key, refs in self._watched.items() if any(ref() is not None for ref in refs)]
 
     async def sweep(self, generation: Generation) -> list[Leftover]:
         """Take away what *generation*, which nobody uses any more, left at the known roots, and empty its modules.

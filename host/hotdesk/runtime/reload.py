@@ -1,8 +1,8 @@
 """Makes plugins come, change and go: beside what serves, then by one assignment. See design section 4, "a swap".
 
 `Plugins` owns the entries and decides. `swapper.Swapper` loads and swaps, `generations.Maker` builds a generation,
-`retirement.Retirement` sees one off, `rollback.Rollback` goes back. Each plugin's changes run one at a time under its own lock, taken after those of what
-it requires.
+`retirement.Retirement` sees one off, `rollback.Rollback` goes back. Each plugin's changes run one at a time under its
+own lock, taken after those of what it requires.
 """
 
 from __future__ import annotations

@@ -16,8 +16,11 @@ from .release import describe_holders
 
 __all__ = ["Retirement", "Standby"]
 
+MOST_BESIDE = 2
+"""How many generations of a plugin may live beside the one that serves: one that stands by or drains, one that comes."""
+
 ROOM_S = 0.1
-"""How long a load waits for the generation before last to be gone: at a quick series of saves at most three live."""
+"""How long a load waits for the generation before last to be gone when there are more."""
 
 PROOF_WAITS_S = (0.05, 0.25, 1.0)
 """When a released generation is looked for; after the last with a full collection, and what holds it is named."""
@@ -109,15 +112,27 @@ class Retirement:
     # -- retiring --------------------------------------------------------------------------------------------
 
     async def make_room(self, entries: Iterable[Entry]) -> None:
-        """See the generations before the ones that serve off, as far as nobody uses them any more."""
+        """Before another generation comes: see to it that, with the one that serves, there are at most three of each.
+
+        That costs nothing but at a quick series of saves; a generation which turns still use is not waited for long.
+        """
+        crowded = [entry for entry in entries if self._alive_beside(entry) >= MOST_BESIDE]
+        if not crowded:
+            return
+        self._maker.release.verify(must=True)
         retiring: set[asyncio.Task[None]] = set()
-        for entry in entries:
-            self.end_standby(entry.name)
-            retiring |= entry.retiring
+        for entry in crowded:
+            if self._alive_beside(entry) >= MOST_BESIDE:
+                self.end_standby(entry.name)
+                retiring |= entry.retiring
         if retiring:
             await asyncio.wait(retiring, timeout=ROOM_S)
-        if self._maker.release.unproven:
             self._maker.release.verify(must=True)
+
+    def _alive_beside(self, entry: Entry) -> int:
+        """How many generations of a plugin there are beside the one that serves."""
+        standing_by = int(entry.name in self._standbys)
+        return standing_by + len(entry.retiring) + self._maker.release.unproven_of(entry.name)
 
     def retire(self, pairs: list[tuple[Entry, Generation]]) -> None:
         """Drain and end *pairs*, which are DRAINING: those that require others, which come last, first."""

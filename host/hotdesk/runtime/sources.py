@@ -26,7 +26,7 @@ from hotdesk_sdk import Manifest, parse_manifest
 
 from ..errors import LoadFailed
 
-__all__ = ["Bundle", "Source", "find_entry_points", "find_sources", "name_of", "settle", "signature"]
+__all__ = ["Bundle", "Source", "bundle_of", "find_entry_points", "find_sources", "name_of", "settle", "signature"]
 
 GRACE_S = 0.35
 """How long a file that is written in place must be quiet: half-writers seen in the field pause up to 300 ms, and the
@@ -212,7 +212,7 @@ async def settle(
             continue
         read.clear()
         read |= {row[0]: row for row in before}
-        return await asyncio.to_thread(_parse, source, files)
+        return await asyncio.to_thread(bundle_of, source, files)
 
 
 def _unsettled_s(
@@ -276,7 +276,7 @@ def _lease(fd: int) -> bool:
     return True
 
 
-def _parse(source: Source, files: dict[str, bytes]) -> Bundle:
+def bundle_of(source: Source, files: dict[str, bytes]) -> Bundle:
     base = source.path if source.kind == "folder" else source.path.parent
     manifest_name = "plugin.toml" if source.kind == "folder" else source.manifest_path.name
     raw = files.get(manifest_name)
