@@ -95,7 +95,8 @@ class Desk:
 
         def serves() -> bool:
             return any(
-                e.name == name and e.current is not None and e.current.number >= number for e in self.host.plugins.entries
+                e.name == name and e.current is not None and e.current.number >= number
+                for e in self.host.plugins.entries
             )
 
         await wait_until(serves, f"{name} generation {number}")

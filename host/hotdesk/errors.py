@@ -121,7 +121,7 @@ DOOR_ERRORS: dict[str, tuple[int, str]] = {
     "unprocessable": (422, "the plugin could not be loaded; the message says why"),
     "rate_limited": (429, "this sender sends too fast; see Retry-After"),
     "plugin_failed": (500, "the plugin behind this page or webhook failed"),
-    "internal_error": (500, "a fault in hotdesk itself; the log has it under the same id"),
+    "internal_error": (500, "a fault in hotdesk itself; the log says where"),
     "turn_refused": (503, "a plugin with on_failure=refuse failed, so the turn has no reply"),
     "stream_cut": (503, "the reply broke off; what was said so far is the reply"),
     "overloaded": (503, "too many turns at once; see Retry-After"),

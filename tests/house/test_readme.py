@@ -68,7 +68,8 @@ async def test_the_readme_runs(start_desk: StartDesk, tmp_path: Path) -> None:
         if changes:
             await wait_until(
                 lambda seen=seen: (
-                    sum(len(e.kept) + (e.problem is not None) + e.last_number for e in desk.host.plugins.entries) != seen
+                    sum(len(e.kept) + (e.problem is not None) + e.last_number for e in desk.host.plugins.entries)
+                    != seen
                 ),
                 f"the change of {command!r} to be taken or refused",
             )

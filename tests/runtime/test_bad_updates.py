@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -71,6 +72,10 @@ def named(desk: Desk, kind: str) -> list[dict[str, Any]]:
     return [event for event in desk.events if event["kind"] == kind]
 
 
+def has_failed(desk: Desk, times: int) -> bool:
+    return len(named(desk, "plugin_failed")) == times
+
+
 async def check_refusals(
     desk: Desk, seen: Traffic, bad: Bad, spoil: Callable[[int], Awaitable[None]], mend: Callable[[int], None]
 ) -> None:
@@ -79,7 +84,7 @@ async def check_refusals(
     for number in range(1, ROUNDS + 1):
         mended = time.monotonic()
         await spoil(number)
-        await wait_until(lambda number=number: len(named(desk, "plugin_failed")) == number, f"failure {number}")
+        await wait_until(partial(has_failed, desk, number), f"failure {number}")
         await seen.wait_more(3)
         assert seen.generations_since(mended) == {number}, "only the old generation answered"
         failed = named(desk, "plugin_failed")[-1]
@@ -142,7 +147,7 @@ async def test_a_name_clash_changes_nothing(start_desk: StartDesk) -> None:
     async with traffic(desk) as seen:
         for number in range(1, ROUNDS + 1):
             desk.write("bot/__init__.py", good(-number))
-            await wait_until(lambda number=number: len(named(desk, "plugin_failed")) == number, f"clash {number}")
+            await wait_until(partial(has_failed, desk, number), f"clash {number}")
             failed = named(desk, "plugin_failed")[-1]
             assert (failed["step"], failed["file"], failed["serving"]) == ("find", str(rival), number)
             assert str(desk.folder / "bot.py") in failed["message"]
@@ -184,7 +189,7 @@ async def test_a_bad_update_leaves_nothing_of_itself(start_desk: StartDesk) -> N
     early = f"{dirty}raise ValueError('while it is imported')\n"
     for number, source in enumerate((late, early, late, early), 1):
         desk.write("bot.py", f"{source}# {number}\n")
-        await wait_until(lambda number=number: len(named(desk, "plugin_failed")) == number, f"failure {number}")
+        await wait_until(partial(has_failed, desk, number), f"failure {number}")
         assert named(desk, "plugin_failed")[-1]["message"].count("ValueError") == 1
     await wait_until(lambda: len(asyncio.all_tasks()) <= tasks, "no task is left")
     assert (len(logging.getLogger().handlers), len(REGISTRY._collector_to_names)) == (handlers, collectors)

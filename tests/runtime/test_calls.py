@@ -234,7 +234,7 @@ async def test_a_breaker_opens_tries_and_closes(start_desk: StartDesk) -> None:
 
     async def tried() -> bool:
         await desk.reply()
-        return (await desk.plugin("a"))["calls"] > before
+        return bool((await desk.plugin("a"))["calls"] > before)
 
     await wait_until(tried, "one call is tried")
     shown = await desk.plugin("a")

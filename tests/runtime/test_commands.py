@@ -33,6 +33,12 @@ async def say(desk: Desk, text: str | None) -> None:
     await wait_until(same, f"the answer is {text}", timeout_s=3.0)
 
 
+async def let_pass(seconds: float) -> None:
+    """Let time go by, for a claim that something does not happen."""
+    until = time.monotonic() + seconds
+    await wait_until(lambda: time.monotonic() > until, f"{seconds} s")
+
+
 def kinds(desk: Desk) -> list[str]:
     return [event["kind"] for event in desk.events]
 
@@ -201,8 +207,7 @@ async def test_disabled_is_remembered_and_left_alone(tmp_path: Path) -> None:
                 for action in ("reload", "rollback"):
                     error = await shown.admin("POST", f"plugins/echo/{action}", status=409)
                     assert error["error"]["code"] == "conflict"
-                until = time.monotonic() + 0.5
-                await wait_until(lambda until=until: time.monotonic() > until, "half a second")
+                await let_pass(0.5)
                 assert await shown.reply() is None
                 await shown.admin("POST", "plugins/echo/disable")
     async with _host(folder, data) as shown:
@@ -234,8 +239,7 @@ async def test_rollback_goes_to_the_version_before(desk: Desk) -> None:
     rolled = await desk.wait_event("plugin_rolled_back", plugin="echo")
     assert (rolled["from"], rolled["to"]) == (2, 3)
     desk.write("echo.py", echo(2))
-    until = time.monotonic() + 0.4
-    await wait_until(lambda: time.monotonic() > until, "the same bytes were seen")
+    await let_pass(0.4)
     assert await desk.reply() == "1: hello"
     desk.write("echo.py", echo(4))
     await say(desk, "4: hello")
@@ -302,7 +306,7 @@ async def test_a_receipt_has_all_its_fields(desk: Desk) -> None:
     assert told["receipt"]["first_answer_ms"] > receipt["steps"]["total_ms"]
 
     async def drained() -> bool:
-        return (await desk.plugin("echo"))["receipt"]["drained"] == 0
+        return bool((await desk.plugin("echo"))["receipt"]["drained"] == 0)
 
     await wait_until(drained, "the old generation is drained")
 
@@ -339,8 +343,7 @@ async def test_an_installed_plugin_serves(site: Path, start_desk: StartDesk) -> 
     await desk.admin("POST", "plugins/faq/enable")
     assert await desk.reply() == "installed"
     (site / "installed_faq" / "words.py").write_text("WORD = 'upgraded'\n")
-    until = time.monotonic() + 0.4
-    await wait_until(lambda: time.monotonic() > until, "no watch looks there")
+    await let_pass(0.4)
     assert await desk.reply() == "installed"
     await desk.admin("POST", "plugins/faq/reload")
     assert await desk.reply() == "upgraded"

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -214,7 +215,7 @@ async def setup(ctx):
 """
     desk = await start_desk({"bot.py": source}, standby_s=0.3)
     for number in range(2, 6):
-        await wait_until(lambda number=number: ("begin", number - 1) in book, "the job runs")
+        await wait_until(partial(book.__contains__, ("begin", number - 1)), "the job runs")
         desk.write("bot.py", f"{source}# {number}\n")
         await desk.wait_generation("bot", number)
     await wait_until(lambda: ("begin", 5) in book, "the last one runs")
@@ -426,7 +427,7 @@ async def setup(ctx):
     desk = await start_desk({"bot.py": dirty})
     refs: list[weakref.ref[Generation]] = []
     classes: list[weakref.ref[Any]] = []
-    worst = 0
+    worst = 0.0
     for number in range(2, 52):
         current = desk.host.plugins.entry("bot").current
         assert current is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,10 +322,14 @@ async def test_several_folders_are_watched(tmp_path: Path) -> None:
     config = Config(plugins=(str(first), str(second)), data=str(tmp_path / "data"), admin_token=ADMIN_TOKEN)
     async with open_host(config, listen=events.append, serve=False) as host:
         assert {e.name for e in host.plugins.entries} == {"one", "two"}
+
+        def swapped(name: str) -> bool:
+            return host.plugins.entry(name).last_number == 2
+
         for number, (folder, name) in enumerate(((first, "one"), (second, "two")), 22):
             (folder / ".new").write_text(echo(number))
             (folder / ".new").replace(folder / f"{name}.py")
-            await wait_until(lambda name=name: host.plugins.entry(name).last_number == 2, f"{name} is swapped")
+            await wait_until(partial(swapped, name), f"{name} is swapped")
         (second / "one.py").write_text(echo(3))
         await wait_until(lambda: host.plugins.entry("one").problem, "the clash is reported")
         [failed] = [event for event in events if event["kind"] == "plugin_failed"]

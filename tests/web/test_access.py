@@ -363,3 +363,19 @@ async def test_a_short_admin_token_stops_the_start(tmp_path: Path) -> None:
         async with open_host(Config(data=str(tmp_path), admin_token="hunter2", port=0)):
             pass
     assert "hunter2" not in str(caught.value)
+
+
+async def test_a_page_of_an_allowed_origin_may_fetch(start_desk: StartDesk) -> None:
+    """The browser's preflight and the answer itself name the allowed origin; another origin gets neither."""
+    desk = await start_desk({"echo.py": echo(1)}, allowed_origins=("https://shop.example",))
+    url = f"{desk.url}/v1/conversations/c/messages"
+    page = {"Origin": "https://shop.example"}
+    async with desk.http.options(url, headers=page) as asked:
+        assert asked.status == 204
+        assert asked.headers["Access-Control-Allow-Origin"] == "https://shop.example"
+        assert "Content-Type" in asked.headers["Access-Control-Allow-Headers"]
+    async with desk.http.post(url, json={"text": "hello"}, headers=page) as answered:
+        assert (answered.status, answered.headers["Access-Control-Allow-Origin"]) == (202, "https://shop.example")
+    async with desk.http.options(url, headers={"Origin": "https://evil.example"}) as refused:
+        assert refused.status == 403
+        assert "Access-Control-Allow-Origin" not in refused.headers

@@ -35,6 +35,9 @@ _Write = tuple[Callable[[Journal], Any], asyncio.Future[Any]]
 GROUP = 512
 """How many writes one commit takes at the most: bounds how long the first of a burst waits for the last."""
 
+PING = bytes(16 * 1024)
+"""What a ping writes: as much as a message may take, so that a disk with its last page left is no ready one."""
+
 BUSY_TIMEOUT_MS = 2_000
 """How long another program's lock on the file is waited for."""
 
@@ -183,7 +186,7 @@ class SqliteBackend:
                 return deleted
 
     async def ping(self) -> None:
-        await self._submit(lambda journal: journal.put("", "ping", b""))
+        await self._submit(lambda journal: journal.put("", "ping", PING))
 
     async def kv_set(self, plugin: str, key: str, value: bytes | None) -> None:
         await self._submit(lambda journal: journal.put(plugin, key, value))

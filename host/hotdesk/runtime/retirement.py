@@ -17,7 +17,7 @@ from .release import describe_holders
 __all__ = ["Retirement", "Standby"]
 
 MOST_BESIDE = 2
-"""How many generations of a plugin may live beside the one that serves: one that stands by or drains, one that comes."""
+"""How many generations of a plugin may live beside the one that serves: one on its way out, one on its way in."""
 
 ROOM_S = 0.1
 """How long a load waits for the generation before last to be gone when there are more."""

@@ -57,6 +57,28 @@ class Access:
             "origin_not_allowed", f"pages of {origin[:100]} may not speak here", "the setting is allowed_origins"
         )
 
+    async def preflight(self, request: web.Request) -> web.StreamResponse:
+        """A browser's question before a request of another origin (CORS, in the Fetch standard)."""
+        self.check_origin(request)
+        return web.Response(
+            status=204,
+            headers={
+                "Access-Control-Allow-Methods": "GET, POST",
+                "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
+                "Access-Control-Max-Age": "86400",
+            },
+        )
+
+    async def allow_origin(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Let a page of an allowed origin read the answer."""
+        try:
+            origin = self.check_origin(request)
+        except DoorError:
+            return
+        if origin is not None:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Vary"] = "Origin"
+
     def visitor(self, request: web.Request, conversation: str) -> Visitor | None:
         """Who speaks, by the token; None while tokens are off. Raises `DoorError` unless it fits *conversation*."""
         if not self._config.visitor_tokens:

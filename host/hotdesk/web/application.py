@@ -20,6 +20,9 @@ from .wire import Wire
 
 __all__ = ["Doors", "make_application"]
 
+VISITOR_PATHS = ("/v1/conversations/{c}/messages", "/v1/conversations/{c}/events")
+"""What pages of `allowed_origins` may fetch; a WebSocket needs no leave of the browser."""
+
 
 @dataclass(slots=True)
 class Doors:
@@ -56,11 +59,16 @@ def make_application(config: Config, doors: Doors) -> web.Application:
     for path, handlers in table.items():
         for method, handler in handlers.items():
             add(method, path, door(handler))
+        if config.allowed_origins and path in VISITOR_PATHS:
+            add("OPTIONS", path, door(doors.access.preflight))
         add("*", path, refuse(*handlers))
     for path in ("/hooks/{plugin}", "/hooks/{plugin}/{tail:.*}"):
         add("*", path, door(doors.webhooks.handle))
     for path in ("/p/{plugin}", "/p/{plugin}/{tail:.*}"):
         add("*", path, door(doors.pages.handle))
+
+    if config.allowed_origins:  # a page of another origin asks first, and reads only what it is allowed to
+        app.on_response_prepare.append(doors.access.allow_origin)
 
     async def nowhere(request: web.Request) -> web.StreamResponse:
         raise DoorError("not_found", f"there is nothing at {request.path[:200]}", "the doors are in host/README.md")
