@@ -31,6 +31,7 @@ from .errors import ConfigError
 from .logs import get_log
 from .metrics import Metrics
 from .runtime.active import Active
+from .runtime.archive import Archive
 from .runtime.call import Calls
 from .runtime.capabilities import CapabilityDoors
 from .runtime.events import Events
@@ -161,6 +162,7 @@ async def open_host(
             metrics=metrics,
             events=events,
             log=log,
+            archive=Archive(Path(config.data) / "plugins", log),
             remember=remember,
         )
         metrics.watch_gauge("hotdesk_turns_live", "Turns accepted and not ended", lambda: turns.live)

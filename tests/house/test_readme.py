@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ADMIN_TOKEN, StartDesk, wait_until
 
 ROOT = Path(__file__).parents[2]

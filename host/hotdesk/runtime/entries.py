@@ -109,6 +109,8 @@ class Entry:
     refused: str | None = None
     """The digest of what was rolled back from: the same bytes are not loaded again by the watch."""
     kept: deque[Kept] = field(default_factory=deque)
+    recalled: bool = False
+    """Whether what was kept before the start has been read."""
     leftovers: list[str] = field(default_factory=list)
     retiring: set[asyncio.Task[None]] = field(default_factory=set)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from hotdesk_sdk import HotdeskError
 
@@ -19,9 +20,12 @@ __all__ = ["Ledger"]
 class Ledger:
     """The books of one host. Everything here is plain `def`, and decides nothing."""
 
-    def __init__(self, config: Config, metrics: Metrics, events: Events) -> None:
+    def __init__(
+        self, config: Config, metrics: Metrics, events: Events, keep_versions: Callable[[Entry], None]
+    ) -> None:
         self._config = config
         self._metrics = metrics
+        self._keep_versions = keep_versions
         self.events = events
 
     def breaker(self, name: str) -> Breaker:
@@ -42,9 +46,12 @@ class Ledger:
             entry.problem = None
         entry.refused = None
         keep = self._config.keep_generations
+        if entry.kept and entry.kept[-1].bundle.digest == generation.bundle.digest:
+            entry.kept.pop()  # the same version loaded again, after a restart say
         entry.kept = type(entry.kept)(
             [*entry.kept, Kept(generation.number, generation.bundle, time.time())][-keep:],
         )
+        self._keep_versions(entry)
         receipt = Receipt(entry.name, str(generation.bundle.source.path), before, generation.number, dict(steps), since)
         entry.receipt = receipt
 
@@ -97,9 +104,20 @@ class Ledger:
     def note_rolled_back(self, entry: Entry, failed: Generation, to: int, why: str) -> None:
         """A rollback; what was left stays refused to the watch until its bytes change."""
         entry.refused = failed.bundle.digest
+        self._keep_versions(entry)
         self._metrics.generation.labels(entry.name).set(to)
         self._metrics.swaps.labels(entry.name, "rolled_back").inc()
         self.events.tell("plugin_rolled_back", plugin=entry.name, **{"from": failed.number, "to": to}, message=why)
+
+    def note_still_refused(self, entry: Entry, refused: str) -> None:
+        """After a start the file still has what was rolled back from; the version before it serves."""
+        serving = entry.current.number if entry.current else None
+        problem = Problem(
+            f"its file has the version that was rolled back; generation {serving} is the one before", "find"
+        )
+        entry.problem, entry.refused = problem, refused
+        self._keep_versions(entry)
+        self.events.tell("plugin_failed", plugin=entry.name, serving=serving, **problem.public())
 
     def note_leftovers(self, entry: Entry, number: int, leftovers: list[str]) -> None:
         """What a generation left behind, freed or not. The first word of each is its kind."""

@@ -21,6 +21,7 @@ from ..errors import LoadFailed, UnknownPlugin
 from ..logs import Logger
 from ..metrics import Metrics
 from .active import Active, Generation, PluginState, Slot
+from .archive import Archive
 from .call import Calls
 from .entries import Entry, Kept, merged, slot_for
 from .events import Events
@@ -59,12 +60,14 @@ class Plugins:
         metrics: Metrics,
         events: Events,
         log: Logger,
+        archive: Archive,
         remember: Callable[[dict[str, bool]], Awaitable[None]],
     ) -> None:
         self._config = config
         self._active = active
         self._maker = maker
         self._log = log
+        self._archive = archive
         self._remember = remember
         self._events = events
         self._places = Places(config.plugins)
@@ -78,7 +81,7 @@ class Plugins:
         self._following: asyncio.Task[Any] | None = None
         self._started = False
         self._closing = False
-        self._ledger = Ledger(config, metrics, events)
+        self._ledger = Ledger(config, metrics, events, self._keep_versions)
         self._retirement = Retirement(config, maker=maker, ledger=self._ledger, spawn=self._spawn)
         self._swapper = Swapper(
             config,
@@ -303,6 +306,8 @@ class Plugins:
         if bundle.manifest.name != entry.name:
             problem = f"its manifest says name = {bundle.manifest.name!r}; a plugin goes by its file's name"
             raise LoadFailed(entry.name, "manifest", problem, file=str(source.manifest_path))
+        if not entry.recalled:
+            await self._recall(entry, source)
         unchanged = current is not None and bundle.digest == current.bundle.digest
         if rivals:
             taken = f"the name is taken by {source.path}; not loaded: {', '.join(str(rival.path) for rival in rivals)}"
@@ -311,10 +316,25 @@ class Plugins:
             entry.problem = None
         if unchanged and not force:
             await self._reconfigure(entry, bundle)
+        elif bundle.digest == entry.refused and not force and current is None and entry.kept:
+            await self._load_kept(entry, entry.kept[-1])
+            self._ledger.note_still_refused(entry, bundle.digest)
         elif bundle.digest == entry.refused and not force:
             self._log.info("plugin_unchanged", plugin=entry.name, reason="these bytes were rolled back")
         else:
             await self._swapper.load(entry, bundle, since, {"settle_ms": (settled - since) * 1000})
+
+    async def _recall(self, entry: Entry, source: Source) -> None:
+        """What was kept and refused before the start; the numbers go on from there."""
+        entry.recalled = True
+        past = await asyncio.to_thread(self._archive.read, source)
+        if not entry.kept:
+            entry.kept.extend(past.kept)
+            entry.refused = entry.refused or past.refused
+        entry.last_number = max(entry.last_number, past.last_number)
+
+    def _keep_versions(self, entry: Entry) -> None:
+        self._spawn(self._archive.write(entry.name, tuple(entry.kept), entry.refused, entry.last_number))
 
     # -- loading ---------------------------------------------------------------------------------------------
 
