@@ -190,7 +190,7 @@ async def nothing_left_behind() -> AsyncIterator[None]:
             *(
                 thread
                 for thread in set(threading.enumerate()) - threads
-                if not thread.name.startswith(("asyncio_", "AnyIO", "ThreadPoolExecutor"))
+                if not thread.name.startswith(("asyncio", "AnyIO", "ThreadPoolExecutor"))
             ),
             *(name for name in sys.modules if name.startswith(PREFIX)),
         ]

@@ -163,6 +163,6 @@ async def test_a_chat_outlives_its_host(hotdesk: Hotdesk, host: RunningHost, tmp
     await host.stop(number)
     process.stdin.write(b"hello again\n")
     await host.start()
-    assert await process.stdout.readline() == b"This is hello.  [hello 1]\n"
+    assert await process.stdout.readline() == b"This is hello.  [hello 2]\n"
     process.stdin.close()
     assert await asyncio.wait_for(process.wait(), 10) == 0

@@ -113,7 +113,7 @@ class Ledger:
         """After a start the file still has what was rolled back from; the version before it serves."""
         serving = entry.current.number if entry.current else None
         problem = Problem(
-            f"its file has the version that was rolled back; generation {serving} is the one before", "find"
+            f"its file has the version that was rolled back; generation {serving} is the one before", "probation"
         )
         entry.problem, entry.refused = problem, refused
         self._keep_versions(entry)
