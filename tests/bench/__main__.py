@@ -21,6 +21,7 @@ from tests.load.report import Figure, print_table
 ROOT = Path(__file__).parents[2]
 OUT = Path(__file__).parent / "out"
 RUNS = {
+    "in_process": "tests.load.in_process",
     "http_rate": "tests.load.http_rate",
     "ws_rate": "tests.load.ws_rate",
     "onion": "tests.load.onion",
