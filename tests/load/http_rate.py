@@ -1,11 +1,18 @@
-"""HTTP turns a second beside a bare aiohttp JSON echo: both ways committed, through three middleware and a bot."""
+"""HTTP turns a second beside a bare aiohttp JSON echo: both ways committed, through three middleware and a bot.
+
+Twice: by the lean generator of this folder, beside which the server is all that costs, and by aiohttp's own client,
+which takes a good part of the two cores itself.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from itertools import count
 from statistics import median
+from time import perf_counter
 
+import aiohttp
 from tests.load.client import closed_loop, open_loop, request_bytes
 from tests.load.desk import message_body, message_request
 from tests.load.hosts import running_bare, running_host
@@ -25,6 +32,8 @@ async def measure(short: bool) -> list[Figure]:
     rounds, seconds = (2, 1.5) if short else (5, 6.0)
     bare_rates: list[float] = []
     host_rates: list[float] = []
+    bare_own: list[float] = []
+    host_own: list[float] = []
     failed = 0
     async with running_bare() as bare, running_host("http-rate", onion(3)) as host:
         asked = turn_requests()
@@ -39,6 +48,13 @@ async def measure(short: bool) -> list[Figure]:
                 failed += load.failed
                 if number:  # the first round warms both up
                     rates.append(load.rate)
+            if number:
+                bare_own.append(await own_client(f"http://127.0.0.1:{bare.port}/echo", seconds))
+                host_own.append(
+                    await own_client(
+                        f"http://127.0.0.1:{host.port}/v1/conversations/own{{n}}/messages?wait=10", seconds
+                    )
+                )
         paced = await open_loop(
             host.port, lambda n: asked(n % CONNECTIONS, n), is_answered_nth, rate=OPEN_RATE, seconds=seconds * 2
         )
@@ -47,10 +63,32 @@ async def measure(short: bool) -> list[Figure]:
         Figure("bare JSON echo", median(bare_rates), "requests/s"),
         Figure("turns", median(host_rates), "turns/s"),
         Figure("turns beside the bare echo", ratio, "%", at_least=55),
+        Figure("bare JSON echo, aiohttp's client", median(bare_own), "requests/s"),
+        Figure("turns, aiohttp's client", median(host_own), "turns/s"),
+        Figure("the one to the other", median(host_own) / median(bare_own) * 100, "%", at_least=55),
         Figure(f"p50 at {OPEN_RATE:,}/s", paced.percentile_ms(50), "ms"),
         Figure(f"p99 at {OPEN_RATE:,}/s", paced.percentile_ms(99), "ms", at_most=60),
         Figure("failed", failed + paced.failed, at_most=0),
     ]
+
+
+async def own_client(url: str, seconds: float) -> float:
+    """Requests a second by aiohttp's client on as many connections, each waiting for its answer."""
+    answered = 0
+    deadline = perf_counter() + seconds
+    connector = aiohttp.TCPConnector(limit=CONNECTIONS)
+    async with aiohttp.ClientSession(connector=connector) as session:
+
+        async def one_after_the_other(number: int) -> None:
+            nonlocal answered
+            own = url.format(n=number)
+            while perf_counter() < deadline:
+                async with session.post(own, json={"text": TEXT}) as response:
+                    await response.json()
+                    answered += response.status == 200
+
+        await asyncio.gather(*(one_after_the_other(number) for number in range(CONNECTIONS)))
+    return answered / seconds
 
 
 def turn_requests() -> Callable[[int, int], bytes]:
