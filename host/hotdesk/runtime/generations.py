@@ -18,10 +18,11 @@ from ..config import PluginSettings
 from ..errors import CallFailed, LoadFailed
 from ..logs import Logger
 from ..metrics import Metrics
-from .active import Breaker, Generation, PluginState, Slot
+from .active import BoundHook, Breaker, Generation, PluginState, Slot
 from .call import Calls, Clock, blame
 from .capabilities import CapabilityDoors
 from .entries import merged, slot_for
+from .guards import host_task
 from .plugin_metrics import PluginMetrics
 from .python import PythonLoader, bind_hooks
 from .release import Leftover, Release
@@ -147,9 +148,17 @@ class Maker:
         steps["probe_ms"] = (time.monotonic() - probing) * 1000
 
     async def _lifecycle(self, generation: Generation, name: str, *args: Any) -> Any:
+        """Call a hook of the generation itself. Raises `LoadFailed`.
+
+        In a task of its own: an exception that a plugin keeps holds the frames below it, and with them their
+        variables, the generation before among them.
+        """
         hook = generation.hooks.get(name)
         if hook is None:
             return None
+        return await host_task(self._call_lifecycle(generation, hook, args))
+
+    async def _call_lifecycle(self, generation: Generation, hook: BoundHook, args: tuple[Any, ...]) -> Any:
         slot = Slot(generation, 0, "", self._setup_timeout_s, "skip", Breaker(20, 1.0, lambda state: None))
         clock = Clock(asyncio.current_task())
         self._calls.start(clock)
@@ -158,7 +167,7 @@ class Maker:
         except CallFailed as exc:
             file, line = _where(exc, generation)
             problem = exc.problem.removesuffix(f" ({file}:{line})")
-            raise LoadFailed(generation.plugin, name, problem, file=file, line=line) from None
+            raise LoadFailed(generation.plugin, hook.name, problem, file=file, line=line) from None
         finally:
             self._calls.stop(clock)
 
