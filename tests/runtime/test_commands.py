@@ -139,7 +139,10 @@ class SettingsDesk:
         fresh.replace(self.file)
 
     def start(self) -> Any:
-        return open_host(load_config({"port": 0}, {}, file=str(self.file)), listen=self.events.append)
+        return open_host(
+            load_config({"port": 0, "data": str(self.file.parent / "data")}, {}, file=str(self.file)),
+            listen=self.events.append,
+        )
 
 
 async def test_settings_change_while_the_host_runs(tmp_path: Path) -> None:
