@@ -97,3 +97,21 @@ def test_links_lead_somewhere(readme: str) -> None:
     path = ROOT / readme
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / target).exists(), f"{readme}: {target}"
+
+
+async def test_the_sdk_readme_runs(tmp_path: Path) -> None:
+    """The SDK's README shows a plugin and its test; the test passes."""
+    blocks = [
+        body for language, body in FENCE.findall((ROOT / "sdk/python/README.md").read_text()) if language == "python"
+    ]
+    for block in blocks:
+        (tmp_path / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pytest", "-q", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "test_hours.py"),
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    assert "1 passed" in out.decode()
