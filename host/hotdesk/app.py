@@ -102,6 +102,9 @@ async def open_host(
         lock = FolderLock(Path(config.data))
         lock.acquire()
         stack.callback(lock.release)
+        sock = _bind(config) if serve else None
+        if sock is not None:
+            stack.callback(sock.close)
         access = Access(config)
         backend = await open_backend(config.backend_url, metrics)
         stack.push_async_callback(backend.aclose)
@@ -201,12 +204,13 @@ async def open_host(
                 },
             ),
         )
-        url = await _serve(config, doors, intake, turns, stack) if serve else ""
+        url = await _serve(config, sock, doors, intake, turns, stack) if sock is not None else ""
         if not serve:
             stack.callback(intake.stop)
         if config.retention_days:
             purging = asyncio.create_task(_purge(backend, config.retention_days, log))
             stack.callback(purging.cancel)
+        access.keep_admin_token()
         intake.open()
         yield Host(config, url, backend, intake, turns, plugins, events, metrics, access.new_admin_token, resumed)
 
@@ -222,20 +226,35 @@ def _watch_stalls(config: Config, maker: Maker, events: Events, metrics: Metrics
     return stalls
 
 
-async def _serve(config: Config, doors: Doors, intake: Intake, turns: Turns, stack: contextlib.AsyncExitStack) -> str:
+def _bind(config: Config) -> socket.socket:
+    """Take the port before anything else is begun, so that one that is taken costs nothing. Nobody gets in yet."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise ConfigError("host", config.host, "start", f"it is no address of this machine: {exc.strerror}") from exc
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as exc:
+        sock.close()
+        remedy = f"can't listen on {config.host}: {exc.strerror}; choose another with --port or HOTDESK_PORT"
+        raise ConfigError("port", config.port, "start", remedy) from exc
+    return sock
+
+
+async def _serve(
+    config: Config, sock: socket.socket, doors: Doors, intake: Intake, turns: Turns, stack: contextlib.AsyncExitStack
+) -> str:
     """Listen; on the way out, stop taking messages first, then tell everyone connected to come back."""
     runner = web.AppRunner(
         make_application(config, doors), access_log=None, handle_signals=False, shutdown_timeout=config.stop_timeout_s
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, config.host, config.port, backlog=1024, reuse_address=True)
-    try:
-        await site.start()
-    except OSError as exc:
-        raise ConfigError(
-            "port", config.port, "start", f"can't listen on {config.host}: {exc.strerror}; choose another with --port"
-        ) from exc
+    await web.SockSite(runner, sock, backlog=1024).start()
 
     async def stop() -> None:
         intake.stop()
@@ -245,11 +264,8 @@ async def _serve(config: Config, doors: Doors, intake: Intake, turns: Turns, sta
         await doors.websockets.aclose()
 
     stack.push_async_callback(stop)
-    server = site._server  # the bound port, when port is 0; aiohttp has no public way to it
-    sockets: list[socket.socket] = list(getattr(server, "sockets", ()))
-    port = sockets[0].getsockname()[1] if sockets else config.port
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{port}"
+    return f"http://{host}:{sock.getsockname()[1]}"
 
 
 async def _purge(backend: Backend, days: int, log: Any) -> None:

@@ -58,6 +58,8 @@ class CallFailed(PluginError):
     def __init__(self, plugin: str, generation: int, hook: str, problem: str) -> None:
         self.hook = hook
         self.rerun: Any = None
+        self.public = f"plugin '{plugin}' failed; the log says why"
+        """For visitors: no text of an exception, and no path."""
         super().__init__(plugin, generation, f"{hook} {problem}")
 
 

@@ -174,7 +174,7 @@ class Turns:
         if turn.rerun is not None:
             return None, {}, None
         if turn.refused is not None:
-            return None, {}, ("turn_refused", str(turn.refused))
+            return None, {}, ("turn_refused", turn.refused.public)
         if reply is None:
             return None, {}, None
         if reply.chunks is not None:
@@ -193,7 +193,7 @@ class Turns:
                 turn.shown += 1
                 parts.append(chunk)
         except (CallFailed, TurnAborted) as exc:
-            error = ("stream_cut", str(exc) or "the stream was aborted")
+            error = ("stream_cut", exc.public if isinstance(exc, CallFailed) else "the stream was aborted")
         metadata = reply.metadata
         if error is not None:
             metadata = {**metadata, "cut": True}
@@ -266,7 +266,7 @@ class Turns:
                 msgspec.json.encode(metadata)
         except (TypeError, ValueError, RecursionError) as exc:
             self._log.error("turn_not_json", conversation=message.conversation, message=turn.id, problem=str(exc))
-            refused = ("turn_refused", f"a plugin left something that is not JSON: {exc}")
+            refused = ("turn_refused", "a plugin left something that is not JSON; the log says what")
             return TurnEnd(message.conversation, message.seq), refused
         if changed is None:
             return TurnEnd(message.conversation, message.seq, replies, deliver=deliver)

@@ -16,6 +16,7 @@ from hotdesk_sdk import HotdeskError, parse_manifest
 from ..app import open_host
 from ..config import Config, PluginSettings
 from ..logs import configure_logs
+from ..runtime.sources import find_sources
 
 __all__ = ["check"]
 
@@ -31,7 +32,7 @@ def check(paths: tuple[Path, ...], as_json: bool) -> None:
     """
     configure_logs("json", "error")
     failed = False
-    for path in paths:
+    for path in dict.fromkeys(one for path in paths for one in _plugins_at(path)):
         found = asyncio.run(_check(path.absolute()))
         failed = failed or found["error"] is not None
         if as_json:
@@ -39,6 +40,16 @@ def check(paths: tuple[Path, ...], as_json: bool) -> None:
         else:
             _show(found)
     sys.exit(1 if failed else 0)
+
+
+def _plugins_at(path: Path) -> list[Path]:
+    """The plugins that a path names: itself; a manifest's plugin; or all in a folder of plugins."""
+    if path.suffix == ".toml":
+        beside = path.parent if path.name == "plugin.toml" else path.with_suffix(".py")
+        return [beside] if beside.exists() else [path]
+    if path.is_dir() and not (path / "__init__.py").exists() and not (path / "plugin.wasm").exists():
+        return [source.path for found in find_sources(path).values() for source in found] or [path]
+    return [path]
 
 
 async def _check(path: Path) -> dict[str, Any]:
@@ -54,7 +65,7 @@ async def _check(path: Path) -> dict[str, Any]:
             config = Config(
                 plugins=(str(desk),), data=str(Path(folder, "data")), watch="frozen", plugin_settings=settings
             )
-            async with open_host(config, serve=False) as host:
+            async with open_host(config, serve=False, log_events=False) as host:
                 entry = host.plugins.entry(name)
                 current = entry.current
                 if entry.problem is not None or current is None:

@@ -104,7 +104,8 @@ async def _leave_the_deaf() -> None:
 
 def _greet(host: Host) -> None:
     color = click.style
-    serving = [entry.name for entry in host.plugins.entries if entry.current is not None]
+    slots = sorted((e.slot.order, e.name) for e in host.plugins.entries if e.slot is not None)
+    serving = [name for _, name in slots]
     click.echo(f"{color('hotdesk', bold=True)} serves {', '.join(serving) or 'no plugins yet'}")
     click.echo(f"  at       {color(host.url, fg='cyan')}")
     click.echo(f"  plugins  {', '.join(host.config.plugins)} ({host.plugins.watch_mode})")
@@ -118,6 +119,8 @@ def _greet(host: Host) -> None:
 
 
 def _say(event: Mapping[str, Any]) -> None:
+    if event["kind"] == "plugin_receipt" and event["receipt"]["from"] is None:
+        return  # how long a new desk waited for its first visitor is nobody's news
     with contextlib.suppress(BrokenPipeError):
         click.echo(event_line(event))
 

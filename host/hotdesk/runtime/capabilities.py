@@ -110,7 +110,7 @@ class PluginHttp:
         names = {f"http:{parts.hostname}", f"http:{parts.netloc.rpartition('@')[2]}"}
         capability = next((c for c in asked if c in names), f"http:{parts.hostname}")
         self._ctx._need(capability)
-        self._ctx._scope.admit("ctx.http")
+        self._ctx._scope.serve("ctx.http")
         if self._session is None:
             self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
         async with self._session.request(

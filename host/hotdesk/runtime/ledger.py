@@ -113,7 +113,9 @@ class Ledger:
         """After a start the file still has what was rolled back from; the version before it serves."""
         serving = entry.current.number if entry.current else None
         problem = Problem(
-            f"its file has the version that was rolled back; generation {serving} is the one before", "probation"
+            f"its file still has the version that was rolled back, so the one before serves;"
+            f" mend the file, or take it all the same with `hotdesk plugins reload {entry.name}`",
+            "probation",
         )
         entry.problem, entry.refused = problem, refused
         self._keep_versions(entry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import ctypes
+import difflib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -201,7 +202,7 @@ def bind_hooks(
     except pluggy.PluginValidationError as exc:
         named = re.search(r"hook '(\w+)'", str(exc))
         function = getattr(module, named[1], None) if named else None
-        raise _wrong(generation, module, "hooks", str(exc).strip().splitlines()[-1], function) from None
+        raise _wrong(generation, module, "hooks", _in_plain_words(named[1] if named else "", exc), function) from None
     hooks: dict[str, BoundHook] = {}
     for name in HOOKS:
         for impl in getattr(manager.hook, name).get_hookimpls():
@@ -236,6 +237,20 @@ def bind_hooks(
             None,
         )
     return hooks
+
+
+def _in_plain_words(hook: str, exc: pluggy.PluginValidationError) -> str:
+    """What pluggy found wrong with a hook, and what would be right."""
+    if hook in HOOKS:
+        return (
+            f"hook '{hook}' takes {str(exc).partition('{')[2].partition('}')[0]}; it may take {', '.join(_SPECS[hook])}"
+        )
+    if hook:
+        near = difflib.get_close_matches(hook, HOOKS, 1)
+        return f"there is no hook '{hook}'" + (
+            f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(HOOKS)}"
+        )
+    return str(exc).strip().splitlines()[-1]
 
 
 _SPECS = {

@@ -473,6 +473,8 @@ class Plugins:
                     await self._set_enabled(entry, self._is_enabled(name))
                     if entry.current is not None:
                         await self._attempt(entry, self._take_own_settings(entry, entry.current, new))
+                    if entry.problem is not None:  # the settings may be just what it wanted
+                        await self._attempt(entry, self._apply(entry, time.monotonic(), force=True))
 
     async def _take_own_settings(self, entry: Entry, current: Generation, settings: PluginSettings) -> None:
         """Order, deadline and grants: a new snapshot around the same generation. Then the config."""

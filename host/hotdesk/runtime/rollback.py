@@ -17,8 +17,8 @@ from .retirement import Retirement, Standby
 
 __all__ = ["NothingToRollBackTo", "Rollback"]
 
-NOT_ON_TRIAL = ("configure", "export_state", "teardown")
-"""Hooks whose failure says nothing against the turns that a new generation answers."""
+NOT_ON_TRIAL = ("configure", "export_state", "routes", "teardown")
+"""Hooks whose failure says nothing against the turns that a new generation answers; a page is anybody's to call."""
 
 
 class NothingToRollBackTo(HotdeskError):

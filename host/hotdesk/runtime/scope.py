@@ -52,6 +52,12 @@ class Scope:
         self._before: Jobs | None = None
         self.jobs = Jobs()
         self.closed = False
+        self.undone = False
+
+    def serve(self, what: str) -> None:
+        """Raises `ScopeClosed` once all is undone: what is undone may still use `ctx.kv` and its like."""
+        if self.undone:
+            raise ScopeClosed(self._generation.plugin, self._generation.number, what)
 
     def admit(self, what: str) -> None:
         """Raises `ScopeClosed` when the generation has ended."""
@@ -94,6 +100,7 @@ class Scope:
                     self._log.warning("scope_undo_failed", what=what, problem=problem)
         finally:
             CURRENT.reset(token)
+            self.undone = True
         return problems
 
     @staticmethod
@@ -154,10 +161,10 @@ class Context:
 
     @property
     def kv(self) -> PluginKv:
-        self._scope.admit("ctx.kv")
+        self._scope.serve("ctx.kv")
         self._need("kv")
         if self._kv is None:
-            self._kv = PluginKv(self.plugin, self._doors.kv, lambda: self._scope.admit("ctx.kv"))
+            self._kv = PluginKv(self.plugin, self._doors.kv, lambda: self._scope.serve("ctx.kv"))
         return self._kv
 
     @property
@@ -167,14 +174,14 @@ class Context:
 
     @property
     def http(self) -> PluginHttp:
-        self._scope.admit("ctx.http")
+        self._scope.serve("ctx.http")
         if self._http is None:
             self._http = PluginHttp(self._generation, self)
             self._scope.push("ctx.http", self._http.aclose)
         return self._http
 
     async def send(self, conversation: str, text: str, *, metadata: dict[str, Any] | None = None) -> Any:
-        self._scope.admit("ctx.send")
+        self._scope.serve("ctx.send")
         return await self._send(conversation, text, plugin=self.plugin, generation=self.generation, metadata=metadata)
 
     def task(self, coro: Coroutine[Any, Any, Any], name: str | None = None) -> asyncio.Task[Any]:

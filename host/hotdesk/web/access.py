@@ -148,7 +148,7 @@ class Access:
             raise DoorError(
                 "unauthorized",
                 "the admin token is missing or wrong",
-                "Authorization: Bearer TOKEN; it was shown at the first start, or set one with HOTDESK_ADMIN_TOKEN",
+                "Authorization: Bearer TOKEN; the first start showed it (delete admin_token.sha256 in the data folder for a new one)",
             )
 
     def _admin(self) -> str:
@@ -160,8 +160,12 @@ class Access:
         if kept.exists():
             return kept.read_text().strip()
         self.new_admin_token = "hd_" + secrets.token_urlsafe(24)
-        _keep(kept, _digest(self.new_admin_token))
         return _digest(self.new_admin_token)
+
+    def keep_admin_token(self) -> None:
+        """Keep a new token's hash, once the host serves and will show the token."""
+        if self.new_admin_token is not None:
+            _keep(self._data / "admin_token.sha256", self._admin_digest)
 
     def _kept_secret(self) -> str:
         kept = self._data / "visitor_secret"

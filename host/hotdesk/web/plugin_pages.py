@@ -70,7 +70,7 @@ class PluginPages:
                     slot, slot.generation.hooks["routes"], clock, _handled, match.handler, page
                 )
             except CallFailed as exc:
-                raise DoorError("plugin_failed", f"this page failed: {exc}") from exc
+                raise DoorError("plugin_failed", exc.public) from exc
             finally:
                 self._calls.stop(clock)
             return to_response(answer)

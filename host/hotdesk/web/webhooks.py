@@ -14,6 +14,7 @@ from ..chat.background import Background
 from ..chat.intake import Intake as Inbox
 from ..chat.intake import NewMessage
 from ..errors import CallFailed, DoorError
+from ..logs import get_log
 from .wire import conversation_of, json_response
 
 __all__ = ["Webhooks", "answer_response"]
@@ -44,8 +45,11 @@ class Webhooks:
             found = read_intake(given)
         except LookupError:
             raise DoorError("not_found", f"no plugin '{plugin[:64]}' takes webhooks") from None
-        except (CallFailed, TypeError, ValueError) as exc:
-            raise DoorError("plugin_failed", f"plugin '{plugin}' could not take this webhook: {exc}") from exc
+        except CallFailed as exc:
+            raise DoorError("plugin_failed", exc.public) from exc
+        except (TypeError, ValueError) as exc:
+            get_log().error("intake_not_taken", plugin=plugin, problem=str(exc))
+            raise DoorError("plugin_failed", f"plugin '{plugin}' failed; the log says why") from exc
         for new in [_new(message, plugin) for message in found.messages]:
             await self._intake.accept(new, door="webhook", channel=plugin)
         return answer_response(found.answer)
