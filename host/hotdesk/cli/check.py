@@ -32,7 +32,7 @@ def check(paths: tuple[Path, ...], as_json: bool) -> None:
     """
     configure_logs("json", "error")
     failed = False
-    for path in dict.fromkeys(one for path in paths for one in _plugins_at(path)):
+    for path in dict.fromkeys(found for given in paths for found in _plugins_at(given)):
         found = asyncio.run(_check(path.absolute()))
         failed = failed or found["error"] is not None
         if as_json:

@@ -122,7 +122,7 @@ def _tell_next(path: Path, name: str, kind: str, test: str) -> None:
         """-d '{"id": "1", "sender": "ann", "text": "hello"}'""",
     }[kind]
     click.echo(
-        f"\nNext:\n  hotdesk check {path}\n  pytest {path}        (pip install pytest, where it is missing)\n  {hello}\n\n"
+        f"\nNext:\n  hotdesk check {path}\n  pytest {path}        (needs pip install pytest)\n  {hello}\n\n"
         "A host that watches the folder serves it already; edit, save, and the new code answers."
     )
 
