@@ -126,6 +126,7 @@ async def open_host(
             background=background,
             metrics=metrics,
             log=log,
+            max_reply_chars=config.max_reply_chars,
             log_turns=config.log_level == "debug",
             log_text=config.log_text,
         )

@@ -59,6 +59,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     max_turns: Positive = 2048
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_text_bytes: Positive = 128 * 1024
+    max_reply_chars: Positive = 1024 * 1024
     max_buffer_bytes: Positive = 512 * 1024
     rate_per_minute: NotNegative = 0
     rate_burst: Positive = 10
@@ -125,6 +126,8 @@ def read_plugin_settings(file: str) -> dict[str, PluginSettings]:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError("config", str(path), "file", "it is no regular file")
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exc:

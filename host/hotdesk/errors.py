@@ -23,7 +23,19 @@ __all__ = [
     "LoadFailed",
     "TurnAborted",
     "UnknownPlugin",
+    "describe",
 ]
+
+
+def describe(exc: BaseException, limit: int = 500) -> str:
+    """An exception in words, whatever it is: one of a plugin's may raise when it is asked for its text."""
+    name = type(exc).__name__
+    try:
+        text = str(exc)
+    except BaseException:  # even `sys.exit` in a `__str__` is only a text that could not be had
+        text = "(it could not say why)"
+    text = f"{name}: {text}" if text else name
+    return text if len(text) <= limit else text[:limit] + "…"
 
 
 class ConfigError(HotdeskError):

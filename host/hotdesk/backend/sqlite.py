@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import queue
 import sqlite3
 import threading
@@ -23,6 +24,7 @@ from hotdesk_sdk import Message
 from ..errors import BackendError, BackendUnavailable
 from ..metrics import Metrics
 from . import Appended, ConversationRecord, Entry, Outcome, StoredReply, TurnEnd
+from .lock import FileLock
 from .sqlite_journal import Append, Journal, record_of
 from .sqlite_schema import migrate
 
@@ -35,8 +37,11 @@ _Write = tuple[Callable[[Journal], Any], asyncio.Future[Any]]
 GROUP = 512
 """How many writes one commit takes at the most: bounds how long the first of a burst waits for the last."""
 
-PING = bytes(16 * 1024)
-"""What a ping writes: as much as a message may take, so that a disk with its last page left is no ready one."""
+PING_BYTES = 16 * 1024
+"""What a ping writes, ever other bytes, for SQLite skips a page that stays the same: a full disk is not ready."""
+
+LOOK_S = 0.5
+"""How often the writer looks whether its file is still there."""
 
 BUSY_TIMEOUT_MS = 2_000
 """How long another program's lock on the file is waited for."""
@@ -57,6 +62,10 @@ class SqliteBackend:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._stopping = False
+        self._inode = 0
+        self._looked_at = 0.0
+        self._replaced = False
+        self._lock = FileLock(Path(f"{os.path.realpath(path)}.lock"))
         self._db: sqlite3.Connection
         self._journal: Journal
         self._readers = concurrent.futures.ThreadPoolExecutor(2, "hotdesk-read", initializer=self._open_reader)
@@ -79,6 +88,7 @@ class SqliteBackend:
         if sqlite3.sqlite_version_info < (3, 35):
             raise BackendError(f"SQLite is {sqlite3.sqlite_version}; hotdesk needs 3.35 or newer")
         Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire(lambda holder: BackendError(f"backend {self.url}: another hotdesk has it open ({holder})"))
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, cached_statements=128)
         try:
             db.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
@@ -87,8 +97,10 @@ class SqliteBackend:
             db.execute("PRAGMA cache_size=-65536")
             db.execute("PRAGMA wal_autocheckpoint=4000")
             migrate(db, self.url)
+            self._inode = os.stat(self._path).st_ino
         except BaseException:
             db.close()
+            self._lock.release()
             raise
         return db
 
@@ -101,6 +113,7 @@ class SqliteBackend:
         for connection in self._opened:
             connection.close()
         self._db.close()
+        self._lock.release()
 
     # -- the writer thread -----------------------------------------------------------------------------------
 
@@ -138,8 +151,22 @@ class SqliteBackend:
             except RuntimeError:
                 return  # the loop is gone: nobody waits
 
+    def _is_replaced(self) -> bool:
+        """Whether the file is not the one that was opened: what is written then is gone with the last process."""
+        now = time.monotonic()
+        if now - self._looked_at > LOOK_S:
+            self._looked_at = now
+            try:
+                self._replaced = os.stat(self._path).st_ino != self._inode
+            except OSError:
+                self._replaced = True
+        return self._replaced
+
     def _commit(self, group: list[_Write]) -> list[Any]:
         """One transaction for all; if that fails, one for each, so that a bad write harms nobody else's."""
+        if self._is_replaced():
+            failure = BackendUnavailable(self.url, "its file was deleted or replaced under the host; start it again")
+            return [failure] * len(group)
         try:
             return self._journal.transact([work for work, _ in group])
         except sqlite3.Error as exc:
@@ -186,7 +213,7 @@ class SqliteBackend:
                 return deleted
 
     async def ping(self) -> None:
-        await self._submit(lambda journal: journal.put("", "ping", PING))
+        await self._submit(lambda journal: journal.put("", "ping", os.urandom(PING_BYTES)))
 
     async def kv_set(self, plugin: str, key: str, value: bytes | None) -> None:
         await self._submit(lambda journal: journal.put(plugin, key, value))

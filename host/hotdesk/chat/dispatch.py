@@ -215,9 +215,12 @@ class Dispatch:
         """*chunks*, each pulled as a call: deadline, fault wall, metric."""
         if not hasattr(chunks, "__aiter__"):
             raise self._calls.refuse(slot, hook, f"gave chunks of type {type(chunks).__name__}; they must be async")
-        iterator = aiter(chunks)
+        iterator: Any = None
 
         async def pull() -> Any:
+            nonlocal iterator
+            if iterator is None:
+                iterator = aiter(chunks)
             try:
                 return await anext(iterator)
             except StopAsyncIteration:
@@ -231,9 +234,9 @@ class Dispatch:
             close: Callable[[], Awaitable[None]] | None = getattr(iterator, "aclose", None)
             if close is not None:
                 try:
-                    await close()
-                except (RuntimeError, TurnAborted):
-                    pass  # it is being pulled from elsewhere, or ends by itself
+                    await self._calls.call(slot, hook, turn.clock, close)
+                except (CallFailed, TurnAborted):
+                    pass  # it was put down; what was said stands
 
     def _reply(self, slot: Slot, hook: BoundHook, given: Any) -> Reply | None:
         if given is None:

@@ -20,7 +20,7 @@ import msgspec
 from hotdesk_sdk import Message, Reply
 
 from ..backend import Backend, ConversationRecord, StoredReply, TurnEnd
-from ..errors import BackendUnavailable, CallFailed, TurnAborted
+from ..errors import BackendUnavailable, CallFailed, TurnAborted, describe
 from ..logs import Logger
 from ..metrics import Metrics
 from ..runtime.active import Active, Snapshot
@@ -76,6 +76,7 @@ class Turns:
         background: Background,
         metrics: Metrics,
         log: Logger,
+        max_reply_chars: int,
         log_turns: bool,
         log_text: bool,
     ) -> None:
@@ -86,6 +87,7 @@ class Turns:
         self.background = background
         self._metrics = metrics
         self._log = log
+        self._max_reply_chars = max_reply_chars
         self._log_turns = log_turns
         self._log_text = log_text
         self._lanes: dict[str, _Lane] = {}
@@ -135,10 +137,13 @@ class Turns:
         self._calls.start(clock)
         try:
             text, metadata, error = await self._answer(turn)
-        except asyncio.CancelledError:
-            if not turn.abandoned:
-                raise  # the host stops: the turn stays open in the journal
-            return
+        except (asyncio.CancelledError, GeneratorExit) as exc:
+            if turn.abandoned:
+                return
+            if self._stopping:
+                raise  # the turn stays open in the journal
+            self._log.error("turn_failed", conversation=turn.message.conversation, message=turn.id, problem=repr(exc))
+            text, metadata, error = None, {}, ("internal_error", "this turn failed inside hotdesk")
         except Exception as exc:  # the turn loop: a fault of ours ends one turn, not the conversation
             self._log.error("turn_failed", conversation=turn.message.conversation, message=turn.id, exc_info=exc)
             text, metadata, error = None, {}, ("internal_error", "this turn failed inside hotdesk")
@@ -179,15 +184,24 @@ class Turns:
             return None, {}, None
         if reply.chunks is not None:
             return await self._stream(turn, reply)
+        if len(reply.text) > self._max_reply_chars:
+            self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
+            return None, {}, ("turn_refused", f"the reply is over {self._max_reply_chars} characters")
         return reply.text, reply.metadata, None
 
     async def _stream(self, turn: TurnRun, reply: Reply) -> tuple[str | None, dict[str, Any], tuple[str, str] | None]:
         parts: list[str] = []
+        size = 0
         error = None
         assert reply.chunks is not None
         try:
             async for chunk in reply.chunks:
                 if turn.abandoned:
+                    break
+                size += len(chunk)
+                if size > self._max_reply_chars:
+                    error = ("stream_cut", f"the reply is over {self._max_reply_chars} characters")
+                    self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
                     break
                 self._tell(turn, Event.chunk(turn.id, turn.shown, chunk))
                 turn.shown += 1
@@ -264,8 +278,8 @@ class Turns:
                 raise TypeError(f"a reply's metadata is a dict, not {type(metadata).__name__}")
             if metadata:
                 msgspec.json.encode(metadata)
-        except (TypeError, ValueError, RecursionError) as exc:
-            self._log.error("turn_not_json", conversation=message.conversation, message=turn.id, problem=str(exc))
+        except Exception as exc:  # what a plugin left may raise anything when it is looked at
+            self._log.error("turn_not_json", conversation=message.conversation, message=turn.id, problem=describe(exc))
             refused = ("turn_refused", "a plugin left something that is not JSON; the log says what")
             return TurnEnd(message.conversation, message.seq), refused
         if changed is None:

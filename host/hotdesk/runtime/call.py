@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import CallFailed, CallTimeout, TurnAborted
+from ..errors import CallFailed, CallTimeout, TurnAborted, describe
 from ..logs import Logger
 from ..metrics import Metrics
 from .active import BoundHook, Generation, Slot
@@ -22,6 +22,9 @@ __all__ = ["Calls", "Clock", "blame"]
 
 TICK_S = 0.02
 """How often clocks are looked at: a deadline is kept to this, and a thousand turns under way cost 0.5 % of a core."""
+
+HELD_S = 0.05
+"""A tick that comes this late says that the loop was held; the lateness is added to every deadline."""
 
 ABANDON_S = 1.0
 """How long a call may ignore its cancellation before its turn goes on without it."""
@@ -53,8 +56,14 @@ def blame(exc: BaseException, generation: Generation) -> tuple[str, str | None, 
             file, line = frame.filename, frame.lineno
     if isinstance(exc, SyntaxError) and exc.filename in generation.bundle.paths:
         file, line = exc.filename, exc.lineno
-    text = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
-    return text, file, line
+    return describe(exc), file, line
+
+
+def _aborted(exc: BaseException) -> bool:
+    """Whether *exc* is only what unwinds an onion, in the groups that a plugin's task groups make of it."""
+    if isinstance(exc, BaseExceptionGroup):
+        return all(_aborted(one) for one in exc.exceptions)
+    return isinstance(exc, TurnAborted | asyncio.CancelledError)
 
 
 class Calls:
@@ -65,6 +74,7 @@ class Calls:
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._clocks: set[Clock] = set()
+        self._tick_at = 0.0
         self._ticking: asyncio.TimerHandle | None = None
         self.on_failure: Callable[[Generation, CallFailed], Any] = lambda generation, exc: None
         self.on_probation_over: Callable[[Generation], None] = lambda generation: None
@@ -73,6 +83,7 @@ class Calls:
         """Watch *clock* until `stop`."""
         self._clocks.add(clock)
         if self._ticking is None:
+            self._tick_at = monotonic() + TICK_S
             self._ticking = self._loop.call_later(TICK_S, self._tick)
 
     def stop(self, clock: Clock) -> None:
@@ -80,9 +91,13 @@ class Calls:
 
     def _tick(self) -> None:
         now = monotonic()
+        late = now - self._tick_at
         for clock in list(self._clocks):
+            if late > HELD_S:  # the loop was held, or the process stopped: nobody else's time ran meanwhile
+                clock.deadline += late
             if now >= clock.deadline:
                 self._expire(clock, now)
+        self._tick_at = now + TICK_S
         self._ticking = self._loop.call_later(TICK_S, self._tick) if self._clocks else None
 
     def _expire(self, clock: Clock, now: float) -> None:
@@ -121,14 +136,19 @@ class Calls:
             result = await function(*args)
         except (TurnAborted, CallFailed):
             raise
-        except asyncio.CancelledError:
-            if clock.expired is not me and not clock.hit:
+        except asyncio.CancelledError as exc:
+            if clock.expired is me or clock.hit:
+                self._uncancel(clock)
+                raise self._late(slot, hook, start) from None
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
                 raise  # from outside: the host stops, or the visitor's turn is given up
-            self._uncancel(clock)
-            raise self._late(slot, hook, start) from None
+            raise self._failed(slot, hook, exc) from None  # nobody cancelled us: it is the plugin's own
         except BaseException as exc:  # the fault wall: SystemExit of a plugin must not end the host either
             if isinstance(exc, GeneratorExit):
                 raise
+            if isinstance(exc, BaseExceptionGroup) and _aborted(exc):
+                raise TurnAborted from None
             if clock.expired is me:
                 self._uncancel(clock)
                 raise self._late(slot, hook, start) from None

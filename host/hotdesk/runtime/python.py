@@ -169,6 +169,8 @@ async def _in_thread(work: Callable[[], Any], generation: Generation, timeout_s:
         async with asyncio.timeout(timeout_s):
             return await done
     except _Carried as carried:
+        if isinstance(carried.error, asyncio.CancelledError):  # the module's own: nobody cancelled the load
+            raise RuntimeError("the module raised CancelledError") from None
         raise carried.error from None
     except TimeoutError:
         if thread.ident is not None:

@@ -17,7 +17,7 @@ from typing import Any
 from hotdesk_sdk import HotdeskError
 
 from ..config import Config, PluginSettings
-from ..errors import LoadFailed, UnknownPlugin
+from ..errors import LoadFailed, UnknownPlugin, describe
 from ..logs import Logger
 from ..metrics import Metrics
 from .active import Active, Generation, PluginState, Slot
@@ -249,8 +249,8 @@ class Plugins:
             self._ledger.note_failed(entry, exc)
             raise
         except Exception as exc:  # the fault wall of one reload step: also our own fault is a failed update, not more
-            self._log.error("reload_step_failed", plugin=entry.name, problem=repr(exc), exc_info=exc)
-            failed = LoadFailed(entry.name, "load", f"{type(exc).__name__}: {exc}"[:500])
+            self._log.error("reload_step_failed", plugin=entry.name, problem=describe(exc))
+            failed = LoadFailed(entry.name, "load", describe(exc))
             self._ledger.note_failed(entry, failed)
             raise failed from None
 

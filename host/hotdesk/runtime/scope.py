@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from hotdesk_sdk import CapabilityDenied, ScopeClosed
 
+from ..errors import describe
 from ..logs import Logger
 from .active import Generation
 from .capabilities import CapabilityDoors, PluginHttp, PluginKv
@@ -119,7 +120,7 @@ class Scope:
                 raise
             return "raised CancelledError"
         except BaseException as exc:  # one undo that fails must not keep the others from happening
-            return f"raised {type(exc).__name__}: {exc}"
+            return f"raised {describe(exc)}"
         return None
 
 
@@ -197,7 +198,7 @@ class Context:
             except asyncio.CancelledError:
                 raise
             except BaseException as exc:  # the fault wall of a plugin's own task
-                self.log.error("task_failed", task=name, problem=f"{type(exc).__name__}: {exc}")
+                self.log.error("task_failed", task=name, problem=describe(exc))
                 return None
 
         task = host_task(run(), name=f"{self.plugin}/{self.generation}/{name or 'task'}")
@@ -227,7 +228,7 @@ class Context:
                 except asyncio.CancelledError:
                     raise
                 except BaseException as exc:  # a job that fails once is tried again at its next time
-                    self.log.error("job_failed", job=name, problem=f"{type(exc).__name__}: {exc}")
+                    self.log.error("job_failed", job=name, problem=describe(exc))
                 finally:
                     self._scope.jobs.running -= 1
 

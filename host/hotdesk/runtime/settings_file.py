@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from ..config import PluginSettings, read_plugin_settings
-from ..errors import ConfigError
+from ..errors import ConfigError, describe
 from .events import Events
 
 __all__ = ["follow_settings"]
@@ -32,7 +32,10 @@ async def follow_settings(
         except ConfigError as exc:
             events.tell("settings_failed", file=str(file), message=str(exc))
             continue
-        await take(settings)
+        try:
+            await take(settings)
+        except Exception as exc:  # one settings file that could not be taken must not be the last that is looked at
+            events.tell("settings_failed", file=str(file), message=describe(exc))
 
 
 def _stat(file: Path) -> tuple[int, int, int] | None:

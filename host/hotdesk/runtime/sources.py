@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 import signal
+import stat as stat_module
 import time
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
@@ -38,6 +39,10 @@ PACKAGE_QUIET_S = 0.04
 GONE_S = 0.1
 """How long a file must be missing before it counts as deleted: some editors delete, then write."""
 
+MAX_FILES = 1000
+MAX_SOURCE_BYTES = 2 * 1024 * 1024
+"""More than this is no plugin's source: compiling a 24 MB literal held the interpreter for twelve seconds."""
+
 WRITER_LIMIT_S = 10.0
 """After this the file is read though somebody keeps it open for writing."""
 
@@ -57,8 +62,14 @@ class Source:
     def files(self) -> list[Path]:
         """Every file that belongs to it, in a stable order."""
         if self.kind == "folder":
-            found = []
+            found: list[Path] = []
+            seen: set[tuple[int, int]] = set()
             for folder, folders, names in os.walk(self.path, followlinks=True):
+                stat = os.stat(folder)
+                if (stat.st_dev, stat.st_ino) in seen or len(found) > MAX_FILES:  # a link in a circle, or out of it all
+                    folders[:] = []
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
                 folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
                 found += [Path(folder, name) for name in sorted(names) if _belongs(name)]
             return found
@@ -116,9 +127,9 @@ def find_sources(root: Path) -> dict[str, list[Source]]:
         path = root / name
         if name.startswith((".", "_")) or not _belongs(name):
             continue
-        if name.endswith((".py", ".wasm")) and path.is_file():
+        if name.endswith((".py", ".wasm")) and _is_file(path):
             source = Source(path.stem, path, name.rpartition(".")[2])
-        elif (path / "__init__.py").is_file() or (path / "plugin.wasm").is_file():
+        elif _is_plugin_folder(path):
             source = Source(name, path, "folder")
         else:
             continue
@@ -155,16 +166,47 @@ def signature(source: Source) -> Signature | None:
     """What stat says of all its files: changes when any does. None when it is not there."""
     rows = []
     try:
-        for path in source.files():
-            stat = path.stat()
-            rows.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    except OSError:  # also a link in a circle, or a folder that may not be read: there is nothing to load there
+        if source.kind == "folder":
+            if not stat_module.S_ISDIR(os.stat(source.path).st_mode):
+                return None
+            os.listdir(source.path)
+            if not _is_plugin_folder(source.path):
+                return None
+        else:
+            os.stat(source.path)
+        files = source.files()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return tuple(rows) if rows and (source.kind != "folder" or _is_plugin_folder(source.path)) else None
+    except OSError as exc:
+        return (_unreadable(source.path, exc),)
+    for path in files:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            if path == source.path:
+                return None
+            continue  # a link beside it that leads nowhere
+        except OSError as exc:
+            rows.append(_unreadable(path, exc))
+        else:
+            rows.append((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(rows) or None
+
+
+def _unreadable(path: Path, exc: OSError) -> SignatureRow:
+    """It is there and can't be looked at: no reason to think that it is gone."""
+    return (str(path), 0, 0, 0, -(exc.errno or 1))
 
 
 def _is_plugin_folder(path: Path) -> bool:
-    return (path / "__init__.py").is_file() or (path / "plugin.wasm").is_file()
+    return _is_file(path / "__init__.py") or _is_file(path / "plugin.wasm")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 async def settle(
@@ -242,16 +284,32 @@ async def _read_aside(source: Source, lease: bool) -> dict[str, bytes]:
     except (FileNotFoundError, BlockingIOError):
         raise
     except OSError as exc:
-        raise LoadFailed(source.name, "read", f"it can't be read: {exc.strerror}", file=exc.filename) from exc
+        raise LoadFailed(source.name, "read", f"it can't be read: {exc.strerror}", file=str(source.path)) from exc
 
 
 def _read(source: Source, *, lease: bool) -> dict[str, bytes]:
     """All files' bytes. With *lease* a `BlockingIOError` tells that somebody has one open for writing."""
     base = source.path if source.kind == "folder" else source.path.parent
     files = {}
-    for path in source.files():
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if source.kind == "folder":
+        os.listdir(source.path)
+    paths = source.files()
+    if len(paths) > MAX_FILES:
+        raise LoadFailed(source.name, "read", f"it has over {MAX_FILES} files", file=str(source.path))
+    for path in paths:
         try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not hold us
+        except FileNotFoundError:
+            if path != source.path and path.is_symlink():
+                continue
+            raise
+        try:
+            stat = os.fstat(fd)
+            if not stat_module.S_ISREG(stat.st_mode):
+                raise LoadFailed(source.name, "read", "it is no regular file", file=str(path))
+            if path.suffix == ".py" and stat.st_size > MAX_SOURCE_BYTES:
+                problem = f"it has {stat.st_size} bytes; a source may have {MAX_SOURCE_BYTES}"
+                raise LoadFailed(source.name, "read", problem, file=str(path))
             leased = lease and _lease(fd)
             with os.fdopen(os.dup(fd), "rb") as file:
                 files[path.relative_to(base).as_posix()] = file.read()

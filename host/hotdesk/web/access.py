@@ -148,7 +148,7 @@ class Access:
             raise DoorError(
                 "unauthorized",
                 "the admin token is missing or wrong",
-                "Authorization: Bearer TOKEN; the first start showed it (delete admin_token.sha256 in the data folder for a new one)",
+                "the first start showed it; for a new one delete admin_token.sha256 in the data folder and start again",
             )
 
     def _admin(self) -> str:
