@@ -15,7 +15,7 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -33,12 +33,34 @@ def host_task(coro: Coroutine[Any, Any, Any], name: str | None = None) -> asynci
     return asyncio.get_running_loop().create_task(coro, name=name, context=contextvars.Context())
 
 
-async def _contain(coro: Coroutine[Any, Any, Any]) -> Any:
-    """Run a plugin's raw task so that its `sys.exit` ends the task and not the host."""
-    try:
-        return await coro
-    except (SystemExit, KeyboardInterrupt) as exc:
-        raise RuntimeError(f"a plugin's task raised {type(exc).__name__}") from None
+class Contained(Coroutine[Any, Any, Any]):
+    """The coroutine of a plugin's raw task, whose `sys.exit` ends the task and not the host.
+
+    No coroutine around it: one that is cancelled before its first step would never have awaited the inner one.
+    """
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Coroutine[Any, Any, Any]) -> None:
+        self.inner = inner
+
+    def send(self, value: Any) -> Any:
+        try:
+            return self.inner.send(value)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            raise RuntimeError(f"a plugin's task raised {type(exc).__name__}") from None
+
+    def throw(self, *error: Any) -> Any:
+        try:
+            return self.inner.throw(*error)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            raise RuntimeError(f"a plugin's task raised {type(exc).__name__}") from None
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return (yield from self.inner.__await__())
 
 
 class Guards:
@@ -77,7 +99,7 @@ def _task_maker(factory: Any) -> Callable[..., asyncio.Task[Any]]:
         context = options.get("context")
         generation = CURRENT.get() if context is None else context.get(CURRENT)
         if generation is not None:
-            coro = _contain(coro)
+            coro = Contained(coro)
         task: Any = asyncio.Task(coro, loop=loop, **options) if factory is None else factory(loop, coro, **options)
         if generation is not None:
             if generation.stray_tasks is None:

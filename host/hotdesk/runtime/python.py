@@ -86,7 +86,7 @@ class PythonLoader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             if self._shown.get(path) == name:
                 del self._shown[path]
                 linecache.cache.pop(path, None)
-        for module in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
+        for module in [key for key in sys.modules.copy() if key == name or key.startswith(name + ".")]:
             del sys.modules[module]
 
     def find_spec(

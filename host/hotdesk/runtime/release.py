@@ -87,7 +87,7 @@ class Release:
         left += _unregister_atexit([item for kind, item in strays if kind == "atexit"])
         left += await _end_threads([item for kind, item in strays if kind == "thread"], prefix)
         strays.clear()
-        modules = [m for key, m in list(sys.modules.items()) if key == prefix or key.startswith(prefix + ".")]
+        modules = [m for key, m in sys.modules.copy().items() if key == prefix or key.startswith(prefix + ".")]
         self._loader.forget(prefix)
         objects = [value for module in modules for value in _own_objects(module, prefix)]
         left += self._sweep_singledispatch(prefix)
@@ -121,7 +121,7 @@ class Release:
 
         The first search has to come before `gc.freeze`, after which the collector shows nothing older.
         """
-        modules = sum(not name.startswith(PREFIX) for name in sys.modules)
+        modules = sum(not name.startswith(PREFIX) for name in sys.modules.copy())
         if modules == self._modules_searched:
             return
         self._modules_searched = modules
@@ -191,7 +191,7 @@ async def _cancel_tasks(generation: Generation) -> list[Leftover]:
 
 def _task_name(task: asyncio.Task[Any]) -> str:
     coro = task.get_coro()
-    inner = getattr(getattr(coro, "cr_frame", None), "f_locals", {}).get("coro") or coro
+    inner = getattr(coro, "inner", coro)
     return f"'{getattr(inner, '__qualname__', task.get_name())}'"
 
 
@@ -248,7 +248,7 @@ def describe_holders(target: Any) -> str:
 
 def _holding_globals(target: Any) -> Iterator[str]:
     """The globals, by module and name, that are *target* or a container of it."""
-    for module_name, module in list(sys.modules.items()):
+    for module_name, module in sys.modules.copy().items():
         for name, value in list(getattr(module, "__dict__", {}).items()):
             items: Iterable[Any] = (value,)
             if type(value) is dict:
