@@ -20,6 +20,7 @@ from conftest import Desk, StartDesk, echo, wait_until
 from hotdesk.config import PluginSettings
 from hotdesk.runtime.active import Generation
 from hotdesk.runtime.python import PREFIX
+from hotdesk_sdk import ScopeClosed
 
 HEAD = "import asyncio, logging\nfrom hotdesk_sdk import hookimpl\n@hookimpl\nasync def respond(turn): return 'x'\n"
 
@@ -143,7 +144,7 @@ async def test_a_teardown_that_fails_is_told_and_all_else_undone(start_desk: Sta
 
 
 async def test_a_closed_scope_refuses_new_work(start_desk: StartDesk, book: list[Any]) -> None:
-    """After its end a generation gets `ScopeClosed` for everything that it asks of `ctx`."""
+    """At its end a generation can begin nothing more, though what is undone may use `ctx`; after it, nothing at all."""
     source = f"""{HEAD}
 from contextlib import nullcontext
 from hotdesk_test_book import write
@@ -177,6 +178,7 @@ async def setup(ctx):
                 write((name, type(exc).__name__))
 
     ctx.defer(try_all)
+    write(("ctx", ctx))
 """
     capabilities = 'capabilities = ["kv", "http:localhost"]'
     desk = await start_desk(
@@ -184,8 +186,17 @@ async def setup(ctx):
         settings={"bot": PluginSettings(grant=("kv", "http:localhost"))},
     )
     await swap(desk, 2)
-    assert len(book) == 10
-    assert {outcome for _, outcome in book} == {"ScopeClosed"}, book
+    [ended] = [value for name, value in book if name == "ctx"][:1]
+    outcomes = {name: outcome for name, outcome in book if name != "ctx"}
+    begun = {"task", "every", "metric", "defer", "enter"}
+    assert {name for name, outcome in outcomes.items() if outcome == "ScopeClosed"} == begun, book
+    assert (outcomes["kv"], outcomes["kv, kept"]) == ("allowed", "allowed")
+    await wait_until(lambda: ended._scope.undone, "all is undone")
+    with pytest.raises(ScopeClosed):
+        ended.kv  # noqa: B018
+    with pytest.raises(ScopeClosed):
+        await ended.send("c", "x")
+    book.clear()
 
 
 async def test_tasks_that_ended_are_forgotten(start_desk: StartDesk) -> None:
