@@ -54,7 +54,7 @@ async def read_replies(desk: Desk, count: int) -> list[int]:
 
 async def test_a_stalled_websocket_is_told_to_come_back(start_desk: StartDesk) -> None:
     """A socket that does not read is closed with 1013; reading again and coming back with `after=` misses nothing."""
-    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND)
+    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND, max_reply_chars=10_000_000)
     async with raw_socket(desk.url, "conversation=c&after=0", receive_buffer=4096) as stalled:
         await say_big(desk, COUNT)
         await wait_until(lambda: slow_readers(desk, "websocket") == 1, "the stalled reader is noticed")
@@ -64,7 +64,7 @@ async def test_a_stalled_websocket_is_told_to_come_back(start_desk: StartDesk) -
 
 async def test_others_do_not_feel_a_stalled_websocket(start_desk: StartDesk) -> None:
     """Beside a stalled socket the other reader gets everything, other conversations are answered, memory is bounded."""
-    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND)
+    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND, max_reply_chars=10_000_000)
     slowest = 0.0
 
     async def elsewhere() -> None:
@@ -102,7 +102,7 @@ async def test_others_do_not_feel_a_stalled_websocket(start_desk: StartDesk) -> 
 
 async def test_a_stalled_event_stream_is_cut(start_desk: StartDesk) -> None:
     """An event stream that is not read is cut at its bound, and Last-Event-ID gives the rest."""
-    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND)
+    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND, max_reply_chars=10_000_000)
     async with raw_stream(desk.url, 4096) as (reader, writer):
         writer.write(request_bytes("GET", "/v1/conversations/c/events?after=0"))
         await wait_until(lambda: desk.host.metrics.connections.labels("sse")._value.get() == 1, "the stream is open")
@@ -122,7 +122,7 @@ async def test_a_stalled_event_stream_is_cut(start_desk: StartDesk) -> None:
 
 async def test_a_stalled_post_stream_is_cut_and_its_turn_goes_on(start_desk: StartDesk) -> None:
     """A visitor who does not read its own stream is cut; the turn ends all the same, and its reply is kept."""
-    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND)
+    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND, max_reply_chars=10_000_000)
     async with raw_stream(desk.url, 4096) as (_, writer):
         headers = {"Accept": "text/event-stream", "Content-Type": "application/json"}
         writer.write(request_bytes("POST", "/v1/conversations/c/messages", headers, b'{"text":"stream 400"}'))
@@ -135,7 +135,7 @@ async def test_a_stalled_post_stream_is_cut_and_its_turn_goes_on(start_desk: Sta
 
 async def test_a_long_backlog_is_read_at_the_readers_pace(start_desk: StartDesk) -> None:
     """A reader that reads gets a backlog far over the bound in one go, through a socket and as events."""
-    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND)
+    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND, max_reply_chars=10_000_000)
     await say_big(desk, COUNT)
     assert len(await read_replies(desk, COUNT)) == COUNT
     async with desk.http.get(f"{desk.url}/v1/conversations/c/events", params={"after": "0"}) as response:
@@ -146,7 +146,7 @@ async def test_a_long_backlog_is_read_at_the_readers_pace(start_desk: StartDesk)
 
 async def test_one_reply_over_the_bound_reaches_its_reader(start_desk: StartDesk) -> None:
     """A single reply that is larger than the bound is delivered to whoever reads, now and on a resume."""
-    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND)
+    desk = await start_desk({"big.py": BIG}, max_buffer_bytes=BOUND, max_reply_chars=10_000_000)
     async with desk.http.ws_connect(f"{desk.url}/v1/ws", params={"conversation": "c"}, max_msg_size=0) as ws:
         await ws.send_json({"type": "message", "text": "big 3000000"})
         assert (await ws.receive_json())["type"] == "accepted"
