@@ -176,7 +176,7 @@ async def test_pages_of_other_origins_may_not_speak(start_desk: StartDesk) -> No
     for origin in (own, own.upper(), "https://shop.example", "HTTPS://SHOP.example"):
         assert (await speak(desk, headers={"Origin": origin})).status == 202, origin
         async with desk.http.ws_connect(
-            f"{desk.url}/v1/ws", params={"conversation": "c"}, headers={"Origin": origin}
+            f"{desk.url}/v1/ws", params={"conversation": "of sockets"}, headers={"Origin": origin}
         ) as ws:
             await ws.send_json({"type": "ping"})
             assert (await ws.receive_json())["type"] == "pong"
