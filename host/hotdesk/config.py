@@ -11,13 +11,23 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from .errors import ConfigError
 
-__all__ = ["RESERVED", "Config", "PluginSettings", "load_config", "read_plugin_settings"]
+__all__ = [
+    "LLM_SETTINGS",
+    "RESERVED",
+    "Config",
+    "LlmSettings",
+    "ModelSettings",
+    "PluginSettings",
+    "load_config",
+    "read_plugin_settings",
+]
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
@@ -34,6 +44,46 @@ class PluginSettings(msgspec.Struct, frozen=True):
     grant: tuple[str, ...] = ()
     config: dict[str, Any] = {}
 
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One language model: `[llm]`, or `[llm.models.NAME]`, which takes from `[llm]` what it does not say itself.
+
+    host/README.md has a row for each; a test compares the two.
+    """
+
+    base_url: str = ""
+    api_key: str = ""
+    model: str = "gpt-4.1-mini"
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    max_tokens: Positive | None = None
+    headers: dict[str, str] = {}
+    body: dict[str, Any] = {}
+    api_version: str = ""
+    proxy: str = ""
+    vision: bool = True
+    usage_in_streams: bool = True
+    connect_s: Seconds = 5.0
+    first_token_s: Seconds = 30.0
+    gap_s: Seconds = 15.0
+    total_s: Seconds = 300.0
+    retries: NotNegative = 2
+    concurrency: Positive = 1024
+    queue: NotNegative = 1024
+    price_in: Annotated[float, Meta(ge=0)] = 0.0
+    price_out: Annotated[float, Meta(ge=0)] = 0.0
+
+    def __repr__(self) -> str:
+        return f"<model {self.model!r} at {self.base_url or 'the default URL'}>"  # no key, no headers: it may be logged
+
+
+class LlmSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The language models by name; the first is the one that answers, `fallback` those tried after it, in order."""
+
+    models: dict[str, ModelSettings] = {}
+    fallback: tuple[str, ...] = ()
+
+
+LLM_SETTINGS: tuple[str, ...] = ModelSettings.__struct_fields__
 
 RESERVED = frozenset({"enabled", "order", "timeout_ms", "on_failure", "grant"})
 """The keys of `[plugins.NAME]` that speak to the host and not to the plugin."""
@@ -59,6 +109,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     max_turns: Positive = 2048
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_text_bytes: Positive = 128 * 1024
+    max_image_bytes: Positive = 5 * 1024 * 1024
+    image_hosts: tuple[str, ...] = ()
     max_reply_chars: Positive = 1024 * 1024
     max_buffer_bytes: Positive = 512 * 1024
     rate_per_minute: NotNegative = 0
@@ -76,6 +128,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     stall_ms: Positive = 100
     retention_days: NotNegative = 0
     plugin_settings: dict[str, PluginSettings] = {}
+    llm: LlmSettings = LlmSettings()
     file: str | None = None
 
     @property
@@ -83,7 +136,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return self.backend or f"sqlite:///{Path(self.data) / 'hotdesk.db'}"
 
 
-SETTINGS: tuple[str, ...] = tuple(name for name in Config.__struct_fields__ if name not in ("plugin_settings", "file"))
+SETTINGS: tuple[str, ...] = tuple(
+    name for name in Config.__struct_fields__ if name not in ("plugin_settings", "llm", "file")
+)
 _TYPES = {field.name: field.type for field in msgspec.structs.fields(Config)}
 
 
@@ -101,6 +156,7 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], *, file: s
         raise ConfigError("config", file, "flag or HOTDESK_CONFIG", "there is no such file")
     values: dict[str, Any] = {}
     plugin_settings = _plugin_sections(document.pop("plugins", {}), path)
+    llm = _llm_section(document.pop("llm", {}), environ, path)
     if "plugin_folders" in document:
         document["plugins"] = document.pop("plugin_folders")
     for name, value in document.items():
@@ -114,7 +170,7 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], *, file: s
     for name, value in flags.items():
         if value is not None:
             values[name] = _convert(name, value, "flag --" + name.replace("_", "-"), strict=False)
-    config = Config(**values, plugin_settings=plugin_settings, file=str(path) if path.is_file() else None)
+    config = Config(**values, plugin_settings=plugin_settings, llm=llm, file=str(path) if path.is_file() else None)
     _check_together(config)
     return config
 
@@ -150,6 +206,88 @@ def _plugin_sections(section: Any, path: Path) -> dict[str, PluginSettings]:
                 raise ConfigError(f"plugins.{name}.{key}", value, str(path), str(exc)) from exc
         settings[name] = msgspec.convert(own | {"config": config}, PluginSettings)
     return settings
+
+
+_MODEL_TYPES = {field.name: field.type for field in msgspec.structs.fields(ModelSettings)}
+_FROM_ENVIRONMENT = tuple(name for name in LLM_SETTINGS if name not in ("headers", "body"))
+
+
+def _llm_section(section: Any, environ: Mapping[str, str], path: Path) -> LlmSettings:
+    """`[llm]`, its models, and `HOTDESK_LLM_*` over both; a key for the official client counts where none is given."""
+    source = str(path)
+    if not isinstance(section, dict):
+        raise ConfigError("llm", section, source, "write it as a table, [llm]")
+    own = dict(section)
+    named = own.pop("models", {})
+    fallback = _converted("llm.fallback", own.pop("fallback", []), list[str], source)
+    if not isinstance(named, dict) or not all(isinstance(table, dict) for table in named.values()):
+        raise ConfigError("llm.models", named, source, "write each model as a table, [llm.models.NAME]")
+    values = {name: _model_setting(f"llm.{name}", value, source) for name, value in own.items()}
+    for name in _FROM_ENVIRONMENT:
+        if raw := environ.get(f"HOTDESK_LLM_{name.upper()}"):
+            values[name] = _converted(f"llm.{name}", _split_bool(name, raw), _MODEL_TYPES[name], "HOTDESK_LLM_*", False)
+    if "base_url" not in values and "api_version" not in values:
+        if not values.get("api_key") and (key := environ.get("OPENAI_API_KEY")):
+            values["api_key"] = key
+        if url := environ.get("OPENAI_BASE_URL"):
+            values["base_url"] = url
+    models: dict[str, ModelSettings] = {}
+    if values.get("api_key") or values.get("base_url"):
+        models["default"] = ModelSettings(**values)
+    for name, table in named.items():
+        if name == "default":
+            raise ConfigError("llm.models.default", table, source, "the model called default is [llm] itself")
+        given = {key: _model_setting(f"llm.models.{name}.{key}", value, source) for key, value in table.items()}
+        inherited = dict(values)
+        if "base_url" in given:  # a key is for one provider, and is not shown to another
+            for key in ("api_key", "headers", "api_version", "body"):
+                inherited.pop(key, None)
+        models[name] = ModelSettings(**(inherited | given))
+    for name, model in models.items():
+        _check_model(name, model, source)
+    for name in fallback:
+        if name not in models:
+            known = ", ".join(models) or "none"
+            raise ConfigError("llm.fallback", name, source, f"no model is called that; there are {known}")
+    order = [*(["default"] if "default" in models else []), *fallback, *models]
+    return LlmSettings(models={name: models[name] for name in dict.fromkeys(order)}, fallback=tuple(fallback))
+
+
+def _check_model(name: str, model: ModelSettings, source: str) -> None:
+    where = "llm" if name == "default" else f"llm.models.{name}"
+    parts = urlsplit(model.base_url)
+    if model.base_url and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ConfigError(f"{where}.base_url", model.base_url, source, "write it as https://HOST/v1")
+    if model.api_version and not (model.base_url and model.api_key):
+        raise ConfigError(f"{where}.api_version", model.api_version, source, "Azure needs base_url and api_key too")
+    if not model.base_url and not model.api_key:
+        raise ConfigError(f"{where}.api_key", "", source, "OpenAI needs a key; other servers need base_url")
+    for text in (model.api_key, *model.headers, *model.headers.values()):
+        if not text.isprintable() or not text.isascii():
+            raise ConfigError(f"{where}.api_key", "…", source, "a key or header is one line of ASCII")
+
+
+def _model_setting(name: str, value: Any, source: str) -> Any:
+    short = name.rpartition(".")[2]
+    if short not in LLM_SETTINGS:
+        near = difflib.get_close_matches(short, LLM_SETTINGS, 1)
+        raise ConfigError(
+            name, "…", source, f"there is no such setting{f'; did you mean {near[0]!r}?' if near else ''}"
+        )
+    return _converted(name, value, _MODEL_TYPES[short], source)
+
+
+def _converted(name: str, value: Any, to: Any, source: str, strict: bool = True) -> Any:
+    try:
+        return msgspec.convert(value, to, strict=strict)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(name, "…" if "key" in name or "headers" in name else value, source, str(exc)) from exc
+
+
+def _split_bool(name: str, raw: str) -> Any:
+    if _MODEL_TYPES[name] is bool:
+        return {"on": True, "yes": True, "off": False, "no": False}.get(raw.lower(), raw)
+    return raw
 
 
 def _convert(name: str, value: Any, source: str, *, strict: bool) -> Any:

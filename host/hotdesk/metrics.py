@@ -151,6 +151,29 @@ class Metrics:
             ["plugin", "outcome"],
             registry=registry,
         )
+        self.llm_requests = Counter(
+            "hotdesk_llm_requests_total", "Requests to language models", ["model", "outcome"], registry=registry
+        )
+        self.llm_first_token = Histogram(
+            "hotdesk_llm_first_token_seconds",
+            "From asking a language model to its first text, with queues, retries and fallbacks",
+            ["model"],
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        self.llm_tokens = Counter(
+            "hotdesk_llm_tokens_total", "Tokens as the provider counts them", ["model", "direction"], registry=registry
+        )
+        self.llm_cost = Counter(
+            "hotdesk_llm_cost_total", "Tokens by the prices in the settings, in their currency", ["model"],
+            registry=registry,
+        )  # fmt: skip
+        self.llm_retries = Counter(
+            "hotdesk_llm_retries_total", "Requests that were sent again", ["model"], registry=registry
+        )
+        self.llm_fallbacks = Counter(
+            "hotdesk_llm_fallbacks_total", "Times the next model was asked instead", ["model"], registry=registry
+        )
 
     def call_stats(self, plugin: str, hook: str) -> CallStats:
         """The counting of one hook of one plugin; the same object every time."""

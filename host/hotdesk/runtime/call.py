@@ -10,7 +10,10 @@ import asyncio
 import time
 import traceback
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
+
+from hotdesk_sdk import LlmError
 
 from ..errors import CallFailed, CallTimeout, TurnAborted, describe
 from ..logs import Logger
@@ -18,7 +21,7 @@ from ..metrics import Metrics
 from .active import BoundHook, Generation, Slot
 from .guards import CURRENT
 
-__all__ = ["Calls", "Clock", "blame"]
+__all__ = ["CLOCK", "Calls", "Clock", "blame"]
 
 TICK_S = 0.02
 """How often clocks are looked at: a deadline is kept to this, and a thousand turns under way cost 0.5 % of a core."""
@@ -35,7 +38,19 @@ monotonic, current_task = time.monotonic, asyncio.current_task
 class Clock:
     """The running deadline of one task. `abandon` is called once if a call ignores being cancelled."""
 
-    __slots__ = ("abandon", "call", "deadline", "expired", "expired_at", "hit", "task")
+    __slots__ = (
+        "_left",
+        "_resting",
+        "_rests",
+        "abandon",
+        "call",
+        "cancelled",
+        "deadline",
+        "expired",
+        "expired_at",
+        "hit",
+        "task",
+    )
 
     def __init__(self, task: asyncio.Task[Any] | None, abandon: Callable[[], None] | None = None) -> None:
         self.task = task
@@ -45,7 +60,31 @@ class Clock:
         self.expired_at = 0.0
         self.hit = False
         """The task was cancelled from here, and that cancellation has not been dealt with."""
+        self.cancelled = False
+        """Its turn was given up: what its calls raise or return from now on is nobody's failure, and nobody's answer."""
         self.abandon = abandon
+        self._rests = 0
+        self._left = 0.0
+        self._resting: object = None
+
+    def rest(self) -> None:
+        """Let the running call's deadline stand still until `go_on`: it waits for something with a deadline of its own.
+
+        Rests of one call may overlap.
+        """
+        self._rests += 1
+        if self._rests == 1:
+            self._left, self._resting = self.deadline - monotonic(), self.call
+            self.deadline = float("inf")
+
+    def go_on(self) -> None:
+        self._rests -= 1
+        if not self._rests and self.call is self._resting:
+            self.deadline = monotonic() + self._left
+
+
+CLOCK: ContextVar[Clock | None] = ContextVar("hotdesk_clock", default=None)
+"""The clock of the turn or background call that runs."""
 
 
 def blame(exc: BaseException, generation: Generation) -> tuple[str, str | None, int | None]:
@@ -80,7 +119,8 @@ class Calls:
         self.on_probation_over: Callable[[Generation], None] = lambda generation: None
 
     def start(self, clock: Clock) -> None:
-        """Watch *clock* until `stop`."""
+        """Watch *clock* until `stop`; it is the current one of this task and of what it begins."""
+        CLOCK.set(clock)
         self._clocks.add(clock)
         if self._ticking is None:
             self._tick_at = monotonic() + TICK_S
@@ -137,6 +177,8 @@ class Calls:
         except (TurnAborted, CallFailed):
             raise
         except asyncio.CancelledError as exc:
+            if clock.cancelled:
+                raise
             if clock.expired is me or clock.hit:
                 self._uncancel(clock)
                 raise self._late(slot, hook, start) from None
@@ -147,6 +189,8 @@ class Calls:
         except BaseException as exc:  # the fault wall: SystemExit of a plugin must not end the host either
             if isinstance(exc, GeneratorExit):
                 raise
+            if clock.cancelled:
+                raise TurnAborted from None
             if isinstance(exc, BaseExceptionGroup) and _aborted(exc):
                 raise TurnAborted from None
             if clock.expired is me:
@@ -159,6 +203,8 @@ class Calls:
             clock.call, clock.task = outer_call, outer_task
             hook.stats.observe(slot.timeout_s - (clock.deadline - now))  # what further calls took was added back
             clock.deadline = outer_deadline + (now - start)
+        if clock.cancelled:
+            raise TurnAborted
         if clock.expired is me:
             self._uncancel(clock)
             raise self._late(slot, hook, start)
@@ -200,12 +246,18 @@ class Calls:
         text, file, line = blame(exc, generation)
         where = f" ({file}:{line})" if file else ""
         failure = CallFailed(generation.plugin, generation.number, hook.name, f"raised {text}{where}")
+        if isinstance(exc, LlmError):  # the model's fault and not the plugin's: another generation fares no better
+            failure.public = exc.public
+            return self._note(slot, hook, failure, "llm", blameless=True)
         return self._note(slot, hook, failure, "exception")
 
-    def _note(self, slot: Slot, hook: BoundHook, failure: CallFailed, kind: str) -> CallFailed:
+    def _note(
+        self, slot: Slot, hook: BoundHook, failure: CallFailed, kind: str, *, blameless: bool = False
+    ) -> CallFailed:
         generation = slot.generation
         hook.stats.failures += 1
-        slot.breaker.failed(monotonic())
+        if not blameless:
+            slot.breaker.failed(monotonic())
         self._metrics.failures.labels(generation.plugin, hook.name, kind).inc()
         self._log.warning(
             "call_failed",
@@ -214,6 +266,6 @@ class Calls:
             hook=hook.name,
             problem=failure.problem,
         )
-        if generation.probation_left:
+        if generation.probation_left and not blameless:
             failure.rerun = self.on_failure(generation, failure)
         return failure

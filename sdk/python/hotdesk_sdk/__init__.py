@@ -1,8 +1,20 @@
 """What a hotdesk plugin is written against. Needs pluggy and msgspec, and nothing of the host."""
 
 from .context import CallNext, Conversation, Ctx, Http, HttpResponse, Kv, Log, Metric, StoredReply, Turn
-from .errors import ApiUnsupported, CapabilityDenied, HotdeskError, ManifestInvalid, PluginError, ScopeClosed
+from .errors import (
+    ApiUnsupported,
+    CapabilityDenied,
+    HotdeskError,
+    LlmError,
+    LlmRefused,
+    LlmTimeout,
+    LlmUnavailable,
+    ManifestInvalid,
+    PluginError,
+    ScopeClosed,
+)
 from .hooks import HOOKS, Hooks, hookimpl, hookspec
+from .llm import Completion, Llm, LlmStream, ToolCall, Usage
 from .manifest import API_VERSIONS, Manifest, parse_manifest
 from .messages import Answer, Attachment, InboundMessage, Intake, Message, Reply, Request, Sender, Tool
 
@@ -14,6 +26,7 @@ __all__ = [
     "Attachment",
     "CallNext",
     "CapabilityDenied",
+    "Completion",
     "Conversation",
     "Ctx",
     "Hooks",
@@ -23,6 +36,12 @@ __all__ = [
     "InboundMessage",
     "Intake",
     "Kv",
+    "Llm",
+    "LlmError",
+    "LlmRefused",
+    "LlmStream",
+    "LlmTimeout",
+    "LlmUnavailable",
     "Log",
     "Manifest",
     "ManifestInvalid",
@@ -35,7 +54,9 @@ __all__ = [
     "Sender",
     "StoredReply",
     "Tool",
+    "ToolCall",
     "Turn",
+    "Usage",
     "hookimpl",
     "hookspec",
     "parse_manifest",

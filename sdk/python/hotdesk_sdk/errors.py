@@ -9,6 +9,10 @@ __all__ = [
     "ApiUnsupported",
     "CapabilityDenied",
     "HotdeskError",
+    "LlmError",
+    "LlmRefused",
+    "LlmTimeout",
+    "LlmUnavailable",
     "ManifestInvalid",
     "PluginError",
     "ScopeClosed",
@@ -67,3 +71,54 @@ class ScopeClosed(PluginError):
     def __init__(self, plugin: str, generation: int | None, what: str) -> None:
         self.what = what
         super().__init__(plugin, generation, f"{what} was refused: this generation has ended")
+
+
+class LlmError(HotdeskError):
+    """The language model gave no answer. `model` is its name in the settings, `reason` the provider's own words.
+
+    `code` is what a door says of it, `public` what a visitor may read. `shown` tells whether part of the answer was
+    out already; then nothing was tried again.
+    """
+
+    code = "llm_unavailable"
+    public = "the language model can't be reached now"
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.model = model
+        self.reason = reason
+        self.shown = False
+        super().__init__(f"language model '{model}': {reason}" if model else f"language model: {reason}")
+
+
+class LlmUnavailable(LlmError):
+    """It can't be reached, failed, is overloaded, or none is set. `retry_after_s` is the provider's wish, if any."""
+
+    def __init__(self, model: str, reason: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(model, reason)
+        self.retry_after_s = retry_after_s
+
+
+class LlmRefused(LlmError):
+    """It does not take this request: the key, the model's name, the content. Asking again is no use.
+
+    `status` is the HTTP status, or None where the refusal came within an answer.
+    """
+
+    code = "llm_refused"
+    public = "the language model did not take this message"
+
+    def __init__(self, model: str, reason: str, *, status: int | None = None) -> None:
+        super().__init__(model, reason)
+        self.status = status
+
+
+class LlmTimeout(LlmError):
+    """A clock ran out: `phase` is `queue`, `connect`, `first token`, `gap` or `total`."""
+
+    code = "llm_timeout"
+    public = "the language model took too long"
+
+    def __init__(self, model: str, phase: str, seconds: float) -> None:
+        self.phase = phase
+        self.seconds = seconds
+        super().__init__(model, f"{phase}: nothing within {seconds:g} s")

@@ -1,0 +1,123 @@
+"""A provider's stream of server-sent events, and the completions in it, read for what is needed of them.
+
+Written for its cost: the official client spends 300 us a chunk, this under 2. The shapes are those of
+`openai.types.chat`, of which a test says when a field that is read here changes there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hotdesk_sdk import Usage
+
+__all__ = ["MAX_EVENT_BYTES", "Answer", "Chunk", "EventParser", "ToolDelta", "decode_answer", "decode_chunk"]
+
+MAX_EVENT_BYTES = 2 * 1024 * 1024
+"""An event, or a line, over this is no token of an answer: the stream is given up before it fills the memory."""
+
+
+class _Function(msgspec.Struct, frozen=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolDelta(msgspec.Struct, frozen=True):
+    """A piece of a tool call; the pieces of one call share their `index`."""
+
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolDelta] | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    delta: _Delta | None = None
+    index: int = 0
+    finish_reason: str | None = None
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """One event of a streamed completion."""
+
+    choices: list[_Choice] | None = None
+    usage: Usage | None = None
+    error: Any = None
+    message: Any = None
+
+
+class _Message(msgspec.Struct, frozen=True):
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[ToolDelta] | None = None
+
+
+class _Said(msgspec.Struct, frozen=True):
+    message: _Message | None = None
+    finish_reason: str | None = None
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A completion that came whole."""
+
+    choices: list[_Said] | None = None
+    usage: Usage | None = None
+    error: Any = None
+    message: Any = None
+
+
+decode_chunk = msgspec.json.Decoder(Chunk).decode
+decode_answer = msgspec.json.Decoder(Answer).decode
+
+
+class EventParser:
+    """Takes bytes as they come off the wire, however they are cut, and gives the data of whole events.
+
+    After the WHATWG's event stream interpretation: lines end in LF, CRLF or CR, comments and other fields are passed
+    over, several data lines are one event. An event that the end of the stream cuts is not given.
+    """
+
+    __slots__ = ("_data", "_tail")
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._data: list[bytes] = []
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The data of the events that *data* completes. Raises `ValueError` on one over `MAX_EVENT_BYTES`."""
+        if self._tail:
+            data = self._tail + data
+        held = b""
+        if b"\r" in data:
+            if data.endswith(b"\r"):  # its LF may be on its way
+                data, held = data[:-1], b"\r"
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        end = data.rfind(b"\n") + 1
+        self._keep(data[end:] + held)
+        return self._events(data[:end]) if end else []
+
+    def _keep(self, tail: bytes) -> None:
+        if len(tail) > MAX_EVENT_BYTES:
+            raise ValueError(f"an event is over {MAX_EVENT_BYTES} bytes")
+        self._tail = tail
+
+    def _events(self, lines: bytes) -> list[bytes]:
+        found: list[bytes] = []
+        data = self._data
+        for line in lines.split(b"\n")[:-1]:
+            if line.startswith(b"data:"):
+                data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif not line and data:
+                found.append(data[0] if len(data) == 1 else b"\n".join(data))
+                data.clear()
+        if len(data) > 1 and sum(map(len, data)) > MAX_EVENT_BYTES:
+            raise ValueError(f"an event is over {MAX_EVENT_BYTES} bytes")
+        return found

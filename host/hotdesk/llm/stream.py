@@ -1,0 +1,432 @@
+"""An answer as it comes: pulled off the provider's socket a read at a time, under three clocks.
+
+The clocks are for the first token, for the gap between tokens, and for all of it. Only what the model says moves
+them: comments, empty events and usage do not. They stand still while nobody pulls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import aiohttp
+
+from hotdesk_sdk import Completion, LlmError, LlmRefused, LlmTimeout, LlmUnavailable, ToolCall, Usage
+
+from .events import EventParser, ToolDelta, decode_answer, decode_chunk
+from .model import Model
+from .request import TRANSIENT, Asked, Failed, Plan, post
+
+__all__ = ["LlmStream", "Resting", "complete"]
+
+END_S = 1.0
+"""How long a connection may take to end its body after the last event; then it is closed and not used again."""
+
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+MAX_TOOL_CALLS = 128
+
+monotonic = time.monotonic
+INFINITE = float("inf")
+
+
+class Resting(Protocol):
+    """The clock of whoever waits; it stands still meanwhile, for the model has clocks of its own."""
+
+    def rest(self) -> None: ...
+    def go_on(self) -> None: ...
+
+
+class LlmStream:
+    """One streamed completion: an async iterator of texts. Nothing is sent before the first is pulled.
+
+    Raises `LlmError`. Before the first text it has tried again, and the other models; after it, it tries nothing.
+    Whoever stops pulling calls `aclose`, which hangs up.
+    """
+
+    of_host = True
+    """It has clocks and a fault wall of its own: nobody need put a call around each pull."""
+
+    __slots__ = (
+        "__weakref__",
+        "_asked",
+        "_by",
+        "_clock",
+        "_content",
+        "_ended",
+        "_failed",
+        "_left_at",
+        "_loop",
+        "_model",
+        "_parser",
+        "_plan",
+        "_progress",
+        "_ready",
+        "_response",
+        "_shown",
+        "_timer",
+        "finish",
+        "tool_calls",
+        "usage",
+    )
+
+    def __init__(self, asked: Asked, models: Sequence[Model], clock: Resting | None = None) -> None:
+        self._asked = asked
+        self._plan = Plan(models)
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._model: Model | None = None
+        """Whose place is held, while a request is under way."""
+        self._response: aiohttp.ClientResponse | None = None
+        self._content: aiohttp.StreamReader | None = None
+        self._parser: EventParser | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._by = INFINITE
+        self._left_at = 0.0
+        self._progress = False
+        self._shown = False
+        self._ended = False
+        self._failed: Failed | None = None
+        self._ready: list[str] = []
+        self.finish = ""
+        self.usage: Usage | None = None
+        self.tool_calls: list[ToolCall] = []
+
+    @property
+    def model(self) -> str:
+        """Who answers, or is asked just now: its name in the settings."""
+        return self._plan.model.name
+
+    def __aiter__(self) -> LlmStream:
+        return self
+
+    async def __anext__(self) -> str:
+        if not self._ready:
+            self._ready = await self.next_batch()
+            if not self._ready:
+                raise StopAsyncIteration
+            self._ready.reverse()
+        return self._ready.pop()
+
+    async def next_batch(self) -> list[str]:
+        """The texts that came since the last pull, one for each of the model's; empty at the end."""
+        if self._ended:
+            return []
+        clock = self._clock
+        if clock is not None:
+            clock.rest()
+        if self._left_at:
+            self._plan.total_by += monotonic() - self._left_at
+        try:
+            if not self._shown:
+                return await self._first()
+            if self._failed is not None:
+                raise self._failed
+            self._by = min(monotonic() + self._plan.model.settings.gap_s, self._plan.total_by)
+            return await self._read()
+        except Failed as failed:
+            self._end("cut")
+            failed.error.shown = True
+            raise failed.error from None
+        except LlmError:
+            self._end("failed")
+            raise
+        except BaseException:
+            self._end("cancelled")
+            raise
+        finally:
+            self._by = INFINITE
+            self._left_at = monotonic()
+            if clock is not None:
+                clock.go_on()
+
+    async def aclose(self) -> None:
+        """Hang up, if it has not ended by itself."""
+        self.close()
+
+    def close(self) -> None:
+        """See `aclose`; it never has to wait."""
+        if not self._ended:
+            self._end("cancelled")
+
+    def __del__(self) -> None:
+        if not self._ended and self._model is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_hang_up, self._model, self._response, self._timer)
+
+    # -- tries -----------------------------------------------------------------------------------------------------
+
+    async def _first(self) -> list[str]:
+        """Connect, and read until there is something to show, in as many tries as the plan has."""
+        plan = self._plan
+        while True:
+            try:
+                if self._content is None:
+                    await self._connect(plan.model)
+                texts = await self._read()
+                if self._failed is not None and not texts:
+                    raise self._failed
+            except Failed as failed:
+                self._hang_up("failed")
+                self.finish, self.usage, self.tool_calls, self._failed = "", None, [], None
+                self._ended = False
+                await plan.after(failed)
+                continue
+            if texts:
+                self._shown = True
+                plan.model.first_token.observe(monotonic() - plan.started)
+            return texts
+
+    async def _connect(self, model: Model) -> None:
+        seconds = model.settings.first_token_s
+        self._by = by = min(monotonic() + seconds, self._plan.total_by)
+        self._progress = False
+        body = self._asked.body(model, stream=True)
+        try:
+            await model.enter(by, seconds)
+        except LlmError as exc:
+            raise Failed(exc, retry=False) from None
+        self._model = model
+        self._response = response = await post(model, body, by, seconds)
+        kind = response.content_type
+        if kind == "text/html":
+            raise Failed(LlmUnavailable(model.name, "answered with a web page; look at base_url"), retry=False)
+        self._content = response.content
+        self._parser = EventParser() if kind != "application/json" else None
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> list[str]:
+        """Read until there is text, or the end. Raises `Failed`."""
+        content, parser = self._content, self._parser
+        assert content is not None
+        timer = self._timer
+        if timer is None or timer.when() - self._loop.time() > self._by - monotonic():
+            self._arm()
+        texts: list[str] = []
+        while True:
+            try:
+                data = await content.readany()
+                if parser is None:
+                    self._take_whole(await _rest(content, data), texts)
+                    return texts
+            except LlmTimeout as exc:
+                raise Failed(exc, retry=False) from None
+            except TRANSIENT as exc:
+                raise Failed(LlmUnavailable(self.model, self._plan.model.in_words(exc)), retry=True) from None
+            try:
+                if not data:
+                    self._end_of_body()
+                    return texts
+                for event in parser.feed(data):
+                    if event == b"[DONE]":
+                        self._finish()
+                        return texts
+                    self._take(event, texts)
+            except Failed as failed:
+                if not texts:
+                    raise
+                self._failed = failed  # what came before it is shown first
+            if texts:
+                return texts
+
+    def _take(self, event: bytes, texts: list[str]) -> None:
+        """Read one event; its text goes to *texts*. Raises `Failed`."""
+        try:
+            chunk = decode_chunk(event)
+        except ValueError as exc:
+            raise Failed(LlmUnavailable(self.model, f"sent an event that can't be read: {exc}"), retry=True) from None
+        choices = chunk.choices
+        if choices:
+            choice = choices[0]
+            delta = choice.delta
+            if delta is not None:
+                if delta.content:
+                    texts.append(delta.content)
+                if delta.refusal:
+                    texts.append(delta.refusal)
+                if delta.tool_calls:
+                    self._take_calls(delta.tool_calls)
+                if delta.content or delta.tool_calls or delta.refusal or delta.reasoning_content or delta.reasoning:
+                    self._moved()
+            if choice.finish_reason:
+                self.finish = choice.finish_reason
+        if chunk.usage is not None:
+            self.usage = chunk.usage
+        if chunk.error is not None:
+            raise Failed(LlmUnavailable(self.model, _reason(chunk.error)), retry=True)
+
+    def _moved(self) -> None:
+        """The model said something: the clock of the gap begins anew."""
+        self._progress = True
+        self._by = min(monotonic() + self._plan.model.settings.gap_s, self._plan.total_by)
+
+    def _take_calls(self, deltas: list[ToolDelta]) -> None:
+        calls = self.tool_calls
+        for delta in deltas:
+            index = len(calls) if delta.index is None else delta.index
+            if not 0 <= index < MAX_TOOL_CALLS:
+                raise Failed(LlmUnavailable(self.model, f"asks for more than {MAX_TOOL_CALLS} tool calls"), retry=False)
+            while len(calls) <= index:
+                calls.append(ToolCall())
+            call = calls[index]
+            if delta.id:
+                call.id = delta.id
+            if delta.function is not None:
+                call.name += delta.function.name or ""
+                call.arguments += delta.function.arguments or ""
+            if len(call.arguments) > MAX_ANSWER_BYTES:
+                raise Failed(LlmUnavailable(self.model, "the arguments of a tool call have no end"), retry=False)
+
+    def _take_whole(self, body: bytes, texts: list[str]) -> None:
+        """An answer that came in one piece, of a server that does not stream."""
+        text, self.finish, self.usage, self.tool_calls = _answer(self._plan.model, body)
+        if text:
+            texts.append(text)
+        self._finish()
+
+    def _end_of_body(self) -> None:
+        if not self.finish:
+            raise Failed(LlmUnavailable(self.model, "the stream ended before the answer did"), retry=True)
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.finish == "content_filter":
+            raise Failed(LlmRefused(self.model, "its content filter stopped the answer"), retry=False)
+        response = self._response
+        self._response = self._content = None
+        if response is not None and not response.content.at_eof():
+            # the connection goes back to the others when its body has ended; it is not waited for
+            response.content.on_eof(self._loop.call_later(END_S, response.close).cancel)
+        self._end("answered")
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _end(self, outcome: str) -> None:
+        self._hang_up(outcome)
+        self._ended = True
+
+    def _hang_up(self, outcome: str) -> None:
+        (self._model or self._plan.model).count(outcome, self.usage)
+        _hang_up(self._model, self._response, self._timer)
+        self._model = self._response = self._content = self._timer = None
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._by - monotonic(), self._look)
+
+    def _look(self) -> None:
+        """The timer fired; most often the deadline has moved meanwhile."""
+        self._timer = None
+        content, settings, by = self._content, self._plan.model.settings, self._by
+        if by == INFINITE or content is None:
+            return  # nobody pulls; the next pull arms it
+        if monotonic() < by:
+            self._arm()
+            return
+        if by >= self._plan.total_by:
+            phase, seconds = "total", settings.total_s
+        elif self._progress:
+            phase, seconds = "gap", settings.gap_s
+        else:
+            phase, seconds = "first token", settings.first_token_s
+        content.set_exception(LlmTimeout(self.model, phase, seconds))
+
+
+def _hang_up(model: Model | None, response: aiohttp.ClientResponse | None, timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+    if response is not None:
+        response.close()
+    if model is not None:
+        model.leave()
+
+
+# -- whole answers -------------------------------------------------------------------------------------------------
+
+
+async def complete(asked: Asked, models: Sequence[Model], clock: Resting | None = None) -> Completion:
+    """Ask for a whole answer. Raises `LlmError`."""
+    plan = Plan(models)
+    if clock is not None:
+        clock.rest()
+    try:
+        while True:
+            model = plan.model
+            try:
+                return await _complete(asked, model, plan)
+            except Failed as failed:
+                model.count("failed", None)
+                await plan.after(failed)
+            except asyncio.CancelledError:
+                model.count("cancelled", None)
+                raise
+    finally:
+        if clock is not None:
+            clock.go_on()
+
+
+async def _complete(asked: Asked, model: Model, plan: Plan) -> Completion:
+    body = asked.body(model, stream=False)
+    seconds = model.settings.total_s
+    try:
+        await model.enter(plan.total_by, seconds)
+    except LlmError as exc:
+        raise Failed(exc, retry=False) from None
+    response = None
+    try:
+        async with asyncio.timeout(plan.total_by - monotonic()):
+            response = await post(model, body, plan.total_by, seconds)
+            answer = await _rest(response.content, b"")
+        text, finish, usage, calls = _answer(model, answer)
+        if finish == "content_filter" and not text:
+            raise Failed(LlmRefused(model.name, "its content filter stopped the answer"), retry=False)
+    except TimeoutError:
+        raise Failed(LlmTimeout(model.name, "total", seconds), retry=False) from None
+    except TRANSIENT as exc:
+        raise Failed(LlmUnavailable(model.name, model.in_words(exc)), retry=True) from None
+    finally:
+        if response is not None:
+            response.close()  # does nothing to one that was read to its end
+        model.leave()
+    model.count("answered", usage)
+    return Completion(text, model.name, finish, usage, tuple(calls))
+
+
+async def _rest(content: aiohttp.StreamReader, data: bytes) -> bytes:
+    parts = [data]
+    size = len(data)
+    while part := await content.readany():
+        parts.append(part)
+        size += len(part)
+        if size > MAX_ANSWER_BYTES:
+            raise aiohttp.ClientPayloadError(f"the answer is over {MAX_ANSWER_BYTES} bytes")
+    return b"".join(parts)
+
+
+def _answer(model: Model, body: bytes) -> tuple[str, str, Usage | None, list[ToolCall]]:
+    """Text, reason to end, usage and tool calls of a whole answer. Raises `Failed`."""
+    try:
+        answer = decode_answer(body)
+    except ValueError as exc:
+        raise Failed(LlmUnavailable(model.name, f"sent an answer that can't be read: {exc}"), retry=True) from None
+    if answer.error is not None:
+        raise Failed(LlmUnavailable(model.name, _reason(answer.error)), retry=True)
+    said = answer.choices[0] if answer.choices else None
+    if said is None or said.message is None:
+        raise Failed(LlmUnavailable(model.name, "sent an answer without a message"), retry=True)
+    calls = [
+        ToolCall(call.id or "", (call.function.name if call.function else "") or "",
+                 (call.function.arguments if call.function else "") or "")
+        for call in said.message.tool_calls or ()
+    ]  # fmt: skip
+    return said.message.content or said.message.refusal or "", said.finish_reason or "stop", answer.usage, calls
+
+
+def _reason(error: Any) -> str:
+    """The provider's own words, wherever it put them."""
+    if isinstance(error, dict):
+        error = error.get("message") or error
+    text = str(error)
+    return text if len(text) <= 500 else text[:500] + "…"
