@@ -20,17 +20,24 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from .backend import Backend, open_backend
+from .backend.images import ImageStore
 from .backend.lock import FolderLock
+from .chat.assistant import Assistant
 from .chat.background import Background
 from .chat.dispatch import Dispatch
+from .chat.images import Images
 from .chat.intake import Intake
 from .chat.outbox import Outbox
+from .chat.recent import Recent
+from .chat.summaries import Summaries
+from .chat.tools import Toolbox
 from .chat.turns import Turns
 from .config import Config
 from .errors import ConfigError
+from .llm.client import Llm
 from .logs import get_log
 from .metrics import Metrics
-from .runtime.active import Active
+from .runtime.active import Active, Snapshot
 from .runtime.archive import Archive
 from .runtime.call import Calls
 from .runtime.capabilities import CapabilityDoors
@@ -46,6 +53,7 @@ from .web.access import Access
 from .web.admin import Admin
 from .web.application import Doors, make_application
 from .web.conversations import Conversations
+from .web.images import ImageDoor
 from .web.plugin_pages import PluginPages, compile_routes
 from .web.probes import Probes
 from .web.webhooks import Webhooks
@@ -74,6 +82,7 @@ class Host:
     metrics: Metrics
     new_admin_token: str | None
     resumed: int
+    images: Images
 
 
 @contextlib.asynccontextmanager
@@ -108,6 +117,15 @@ async def open_host(
         access = Access(config)
         backend = await open_backend(config.backend_url, metrics)
         stack.push_async_callback(backend.aclose)
+        images = Images(
+            ImageStore(Path(config.data) / "images"),
+            backend=backend,
+            metrics=metrics,
+            max_bytes=config.max_image_bytes,
+            hosts=config.image_hosts,
+        )
+        stack.push_async_callback(images.aclose)
+        await images.open()
         guards = Guards(asyncio.get_running_loop())
         stack.callback(guards.remove)
         loader = PythonLoader()
@@ -115,13 +133,27 @@ async def open_host(
         stack.callback(loader.remove)
 
         calls = Calls(metrics, log)
-        active = Active(Dispatch(calls).compile)
+        dispatch = Dispatch(calls)
+
+        def compile_snapshot(snapshot: Snapshot) -> Any:
+            snapshot.tools = Toolbox(snapshot)
+            return dispatch.compile(snapshot)
+
+        active = Active(compile_snapshot)
+        llm = Llm(config.llm, metrics)
+        stack.push_async_callback(llm.aclose)
+        await llm.open()
+        recent = Recent(backend)
+        summaries = Summaries(llm, log)
+        stack.push_async_callback(summaries.aclose)
+        assistant = Assistant(llm, recent=recent, images=images, calls=calls, metrics=metrics, summaries=summaries)
         outbox = Outbox()
         background = Background(active, calls, backend, metrics, log)
         turns = Turns(
             active=active,
             calls=calls,
             backend=backend,
+            recent=recent,
             outbox=outbox,
             background=background,
             metrics=metrics,
@@ -132,7 +164,9 @@ async def open_host(
         )
         intake = Intake(
             backend=backend,
+            images=images,
             turns=turns,
+            recent=recent,
             outbox=outbox,
             background=background,
             metrics=metrics,
@@ -148,7 +182,7 @@ async def open_host(
             release=Release(loader),
             metrics=metrics,
             plugin_metrics=PluginMetrics(registry),
-            doors=CapabilityDoors(backend, denied),
+            doors=CapabilityDoors(backend, assistant.for_plugin, denied),
             send=intake.say,
             compile_routes=compile_routes,
             log=log,
@@ -187,10 +221,18 @@ async def open_host(
             wire=wire,
             access=access,
             conversations=Conversations(
-                config, intake=intake, outbox=outbox, backend=backend, access=access, metrics=metrics
+                config, intake=intake, turns=turns, outbox=outbox, backend=backend, access=access, metrics=metrics
             ),
+            images=ImageDoor(images, access),
             websockets=WebSockets(
-                config, intake=intake, outbox=outbox, backend=backend, access=access, metrics=metrics, wire=wire
+                config,
+                intake=intake,
+                turns=turns,
+                outbox=outbox,
+                backend=backend,
+                access=access,
+                metrics=metrics,
+                wire=wire,
             ),
             webhooks=Webhooks(intake=intake, background=background),
             pages=PluginPages(active, calls),
@@ -209,11 +251,11 @@ async def open_host(
         if not serve:
             stack.callback(intake.stop)
         if config.retention_days:
-            purging = asyncio.create_task(_purge(backend, config.retention_days, log))
+            purging = asyncio.create_task(_purge(backend, recent, images, config.retention_days, log))
             stack.callback(purging.cancel)
         access.keep_admin_token()
         intake.open()
-        yield Host(config, url, backend, intake, turns, plugins, events, metrics, access.new_admin_token, resumed)
+        yield Host(config, url, backend, intake, turns, plugins, events, metrics, access.new_admin_token, resumed, images)
 
 
 def _watch_stalls(config: Config, maker: Maker, events: Events, metrics: Metrics) -> StallWatch:
@@ -269,12 +311,16 @@ async def _serve(
     return f"http://{host}:{sock.getsockname()[1]}"
 
 
-async def _purge(backend: Backend, days: int, log: Any) -> None:
+async def _purge(backend: Backend, recent: Recent, images: Images, days: int, log: Any) -> None:
     while True:
         try:
-            deleted = await backend.purge(time.time() - days * 86400)
+            before = time.time() - days * 86400
+            deleted = await backend.purge(before)
             if deleted:
+                recent.forget_all()
                 log.info("conversations_purged", count=deleted, older_than_days=days)
+            if deleted := await images.purge(before):
+                log.info("images_purged", count=deleted)
         except Exception as exc:  # a purge that fails is tried again at its next time
             log.error("purge_failed", problem=str(exc))
         await asyncio.sleep(PURGE_EVERY_S)

@@ -81,6 +81,8 @@ class LlmSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     models: dict[str, ModelSettings] = {}
     fallback: tuple[str, ...] = ()
+    grant: tuple[str, ...] = ("chatgpt",)
+    """Plugins that are granted `llm` by the operator's having set a model."""
 
 
 LLM_SETTINGS: tuple[str, ...] = ModelSettings.__struct_fields__
@@ -113,6 +115,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     image_hosts: tuple[str, ...] = ()
     max_reply_chars: Positive = 1024 * 1024
     max_buffer_bytes: Positive = 512 * 1024
+    reader_stall_s: Seconds = 20.0
+    on_leave: Literal["finish", "cancel"] = "finish"
     rate_per_minute: NotNegative = 0
     rate_burst: Positive = 10
     watch: Literal["auto", "pending", "frozen"] = "auto"
@@ -219,7 +223,8 @@ def _llm_section(section: Any, environ: Mapping[str, str], path: Path) -> LlmSet
         raise ConfigError("llm", section, source, "write it as a table, [llm]")
     own = dict(section)
     named = own.pop("models", {})
-    fallback = _converted("llm.fallback", own.pop("fallback", []), list[str], source)
+    fallback = _converted("llm.fallback", own.pop("fallback", []), tuple[str, ...], source)
+    grant = _converted("llm.grant", own.pop("grant", LlmSettings().grant), tuple[str, ...], source)
     if not isinstance(named, dict) or not all(isinstance(table, dict) for table in named.values()):
         raise ConfigError("llm.models", named, source, "write each model as a table, [llm.models.NAME]")
     values = {name: _model_setting(f"llm.{name}", value, source) for name, value in own.items()}
@@ -250,7 +255,7 @@ def _llm_section(section: Any, environ: Mapping[str, str], path: Path) -> LlmSet
             known = ", ".join(models) or "none"
             raise ConfigError("llm.fallback", name, source, f"no model is called that; there are {known}")
     order = [*(["default"] if "default" in models else []), *fallback, *models]
-    return LlmSettings(models={name: models[name] for name in dict.fromkeys(order)}, fallback=tuple(fallback))
+    return LlmSettings(models={name: models[name] for name in dict.fromkeys(order)}, fallback=fallback, grant=grant)
 
 
 def _check_model(name: str, model: ModelSettings, source: str) -> None:

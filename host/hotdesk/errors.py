@@ -20,6 +20,7 @@ __all__ = [
     "ConfigError",
     "DataFolderHeld",
     "DoorError",
+    "ImageUnusable",
     "LoadFailed",
     "TurnAborted",
     "UnknownPlugin",
@@ -117,6 +118,15 @@ class BackendUnavailable(BackendError):
         super().__init__(f"backend {url}: {reason}")
 
 
+class ImageUnusable(HotdeskError):
+    """An image that can't be shown to anyone. `reason` says why, in words that fit behind "the image: "."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+# `cancelled` is a conflict: the visitor's own wish stands against the answer. 499 says it, and is in no registry.
 DOOR_ERRORS: dict[str, tuple[int, str]] = {
     "bad_json": (400, "the body or frame is not valid JSON (UTF-8)"),
     "bad_message": (400, "a field is missing, unknown, or of the wrong type"),
@@ -130,14 +140,19 @@ DOOR_ERRORS: dict[str, tuple[int, str]] = {
     "plugin_not_found": (404, "no plugin goes by that name"),
     "method_not_allowed": (405, "the path has other methods; see the Allow header"),
     "conflict": (409, "the plugin's state does not allow that"),
-    "too_large": (413, "the body, frame or text is over its limit"),
+    "cancelled": (409, "the visitor cancelled the turn; what was said so far is the reply"),
+    "too_large": (413, "the body, frame, text or image is over its limit"),
     "unsupported_media_type": (415, "the body must be application/json"),
     "unprocessable": (422, "the plugin could not be loaded; the message says why"),
+    "bad_attachment": (422, "an attachment can't be used; the message says which, and why"),
     "rate_limited": (429, "this sender sends too fast; see Retry-After"),
     "plugin_failed": (500, "the plugin behind this page or webhook failed"),
     "internal_error": (500, "a fault in hotdesk itself; the log says where"),
     "turn_refused": (503, "a plugin with on_failure=refuse failed, so the turn has no reply"),
     "stream_cut": (503, "the reply broke off; what was said so far is the reply"),
+    "llm_unavailable": (503, "no language model could be reached"),
+    "llm_refused": (503, "the language model did not take the message"),
+    "llm_timeout": (503, "the language model took too long"),
     "overloaded": (503, "too many turns at once; see Retry-After"),
     "backend_unavailable": (503, "the journal can't be written or read now; see Retry-After"),
     "stopping": (503, "the host is stopping; come back"),

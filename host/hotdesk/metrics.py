@@ -145,6 +145,7 @@ class Metrics:
         )
         self.commit_rows = Counter("hotdesk_backend_writes_total", "Writes that were committed", registry=registry)
         self.backend_errors = Counter("hotdesk_backend_errors_total", "Commits that failed", registry=registry)
+        self.images = Counter("hotdesk_images_total", "Images of messages", ["outcome"], registry=registry)
         self.deliveries = Counter(
             "hotdesk_deliveries_total",
             "Replies handed to a channel",
@@ -173,6 +174,10 @@ class Metrics:
         )
         self.llm_fallbacks = Counter(
             "hotdesk_llm_fallbacks_total", "Times the next model was asked instead", ["model"], registry=registry
+        )
+
+        self.tool_calls = Counter(
+            "hotdesk_tool_calls_total", "Calls that a model made", ["tool", "outcome"], registry=registry
         )
 
     def call_stats(self, plugin: str, hook: str) -> CallStats:

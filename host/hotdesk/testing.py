@@ -6,21 +6,21 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from hotdesk_sdk import Intake, Message, Request, Sender, parse_manifest
+from hotdesk_sdk import Attachment, Intake, Message, Request, Sender, parse_manifest
 
 from .app import Host, open_host
 from .backend import StoredReply
 from .chat.intake import Accepted, NewMessage
 from .chat.outbox import Event
 from .chat.turn import Ended
-from .config import Config, PluginSettings
+from .config import Config, LlmSettings, ModelSettings, PluginSettings
 from .errors import LoadFailed
 from .runtime.entries import Entry
 from .web.webhooks import read_intake
@@ -56,8 +56,13 @@ class Desk:
     """See `hotdesk_sdk.testing.Desk`."""
 
     def __init__(
-        self, paths: list[Path], config: Mapping[str, Mapping[str, Any]], grant: Mapping[str, tuple[str, ...]] | None
+        self,
+        paths: list[Path],
+        config: Mapping[str, Mapping[str, Any]],
+        grant: Mapping[str, tuple[str, ...]] | None,
+        llm: str | Mapping[str, Any] | None = None,
     ) -> None:
+        self._llm = {"base_url": llm} if isinstance(llm, str) else llm
         self._paths = paths
         self._plugin_config = config
         self._grant = grant
@@ -75,7 +80,13 @@ class Desk:
                 name, asked = self._place(path)
                 grant = asked if self._grant is None else self._grant.get(name, ())
                 settings[name] = PluginSettings(grant=grant, config=dict(self._plugin_config.get(name, {})))
-            config = Config(plugins=(str(self.folder),), data=str(folder / "data"), plugin_settings=settings)
+            models = {} if self._llm is None else {"default": msgspec.convert(self._llm, ModelSettings)}
+            config = Config(
+                plugins=(str(self.folder),),
+                data=str(folder / "data"),
+                plugin_settings=settings,
+                llm=LlmSettings(models=models),
+            )
             self.host = await self._stack.enter_async_context(open_host(config, serve=False))
             for entry in self.host.plugins.entries:
                 if entry.problem is not None:
@@ -118,6 +129,7 @@ class Desk:
         id: str | None = None,
         sender: str = "",
         metadata: dict[str, Any] | None = None,
+        attachments: Sequence[Attachment] = (),
         timeout: float = 10.0,
     ) -> Said:
         chunks: list[str] = []
@@ -132,10 +144,10 @@ class Desk:
             outcome.set_result(accepted)
 
         def hear(event: Event) -> None:
-            if event.kind == "chunk" and isinstance(event.data, dict):
-                chunks.append(event.data["text"])
+            if event.kind == "chunk":
+                chunks.append(event.data.text)
 
-        new = NewMessage(conversation, text, id, Sender(sender), metadata=metadata or {})
+        new = NewMessage(conversation, text, id, Sender(sender), tuple(attachments), metadata or {})
         self.host.intake.accept_nowait(new, told, door="test")
         accepted = await outcome
         if accepted.turn is None:
@@ -198,8 +210,11 @@ def _is_outcome(event: Mapping[str, Any], plugin: str) -> bool:
 
 @contextlib.asynccontextmanager
 async def open_desk(
-    paths: list[Path], config: Mapping[str, Mapping[str, Any]], grant: Mapping[str, tuple[str, ...]] | None
+    paths: list[Path],
+    config: Mapping[str, Mapping[str, Any]],
+    grant: Mapping[str, tuple[str, ...]] | None,
+    llm: str | Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Desk]:
     """The factory that `hotdesk_sdk.testing` finds."""
-    async with Desk(paths, config, grant) as desk:
+    async with Desk(paths, config, grant, llm) as desk:
         yield desk

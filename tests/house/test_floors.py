@@ -38,6 +38,7 @@ ONE_IMPORTER = {
     "uvloop": ("cli/run.py",),
     "click": ("cli/*.py",),
     "jwt": ("web/access.py",),
+    "PIL": ("chat/image_content.py",),
 }
 HEAVY_IN_SDK = {"pluggy", "msgspec"}
 

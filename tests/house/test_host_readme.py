@@ -83,10 +83,10 @@ def test_every_frame_has_its_row() -> None:
     events = set(rows("Server-sent events", "event"))
     frames = set(re.findall(r'^\| `\{"type": "(\w+)"', section("WebSocket frames"), re.MULTILINE))
     assert {"accepted", "chunk", "done", "error", "message", "reply"} <= told
-    assert taken == {"message", "ping"}
+    assert taken == {"message", "cancel", "ping"}
     assert told <= events
     assert sent | taken <= frames
-    assert frames == {"message", "ping", "accepted", "chunk", "reply", "error", "pong"}
+    assert frames == {"message", "cancel", "ping", "accepted", "chunk", "reply", "error", "pong"}
 
 
 def test_every_admin_event_has_its_row() -> None:

@@ -248,7 +248,7 @@ async def test_what_came_with_a_message_is_kept(desk: Desk) -> None:
         "sender": {"id": "u1", "name": "Ann"},
         "attachments": [
             {"type": "image", "url": "https://x/y"},
-            {"type": "image", "data": "aGk=", "mime": "image/png"},
+            {"type": "image", "url": "http://shop.example.com:8080/a.png?b=c", "mime": "image/png"},
         ],
         "metadata": {"a": [1, 2.5, None, {"b": "\0"}], "big": 2**60},
     }

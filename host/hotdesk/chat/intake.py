@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,11 @@ from hotdesk_sdk import Attachment, Message, Sender
 from ..backend import Appended, Backend, StoredReply
 from ..errors import BackendUnavailable, DoorError
 from ..metrics import Metrics
+from ..runtime.guards import host_task
 from .background import Background
+from .images import Images, Uploads
 from .outbox import Event, Outbox
+from .recent import Recent
 from .turn import TurnRun
 from .turns import Turns, new_id
 
@@ -44,6 +48,23 @@ class Accepted(msgspec.Struct, frozen=True):
     turn: TurnRun | None
 
 
+class _Held:
+    """A message that waits for its images to be kept, or behind one that does. `task` is None once it is ready."""
+
+    __slots__ = ("attachments", "channel", "door", "new", "problem", "task", "told")
+
+    def __init__(
+        self, new: NewMessage, told: Callable[[Accepted | BaseException], None], door: str, channel: str
+    ) -> None:
+        self.new = new
+        self.told = told
+        self.door = door
+        self.channel = channel
+        self.attachments: tuple[Attachment, ...] = ()
+        self.problem: Exception | None = None
+        self.task: asyncio.Task[None] | None = None
+
+
 class Intake:
     """The one way in. Messages of one conversation are numbered in the order of the calls."""
 
@@ -51,14 +72,18 @@ class Intake:
         self,
         *,
         backend: Backend,
+        images: Images,
         turns: Turns,
+        recent: Recent,
         outbox: Outbox,
         background: Background,
         metrics: Metrics,
         max_turns: int,
     ) -> None:
         self._backend = backend
+        self._images = images
         self._turns = turns
+        self._recent = recent
         self._outbox = outbox
         self._background = background
         self._metrics = metrics
@@ -68,14 +93,22 @@ class Intake:
         self._ready = False
         self._stopping = False
         self._doors: dict[str, Any] = {}
+        self._held: dict[str, deque[_Held]] = {}
 
     def open(self) -> None:
         """From now on messages are taken."""
         self._ready = True
 
     def stop(self) -> None:
-        """From now on they are refused with `stopping`."""
+        """From now on they are refused with `stopping`, those too whose images are still being checked."""
         self._stopping = True
+        for lane in self._held.values():
+            for held in lane:
+                self._appending -= 1
+                if held.task is not None:
+                    held.task.cancel()
+                self._loop.call_soon(held.told, DoorError("stopping", "the host is stopping", retry_after_s=1))
+        self._held.clear()
 
     @property
     def ready(self) -> bool:
@@ -104,8 +137,66 @@ class Intake:
             raise DoorError("stopping", "the host is not ready to take messages", retry_after_s=1)
         if self._turns.live + self._appending >= self._max_turns:
             raise DoorError("overloaded", f"{self._max_turns} turns are under way", retry_after_s=1)
+        if new.attachments or (self._held and new.conversation in self._held):
+            self._hold(_Held(new, told, door, channel))
+        else:
+            self._append(new, (), told, door, channel)
+
+    def _hold(self, held: _Held) -> None:
+        """Append a message once its images are kept and those before it in its conversation are appended.
+
+        Others of its conversation wait behind it, for they came later; no other conversation does.
+        """
+        conversation = held.new.conversation
+        attachments: tuple[Attachment, ...] | Uploads = ()
+        if held.new.attachments:
+            attachments = self._images.check_nowait(conversation, held.new.attachments)
+        lane = self._held.get(conversation)
+        if isinstance(attachments, tuple):
+            if lane is None:
+                self._append(held.new, attachments, held.told, held.door, held.channel)
+                return
+            held.attachments = attachments
+        if lane is None:
+            lane = self._held[conversation] = deque()
+        lane.append(held)
+        self._appending += 1
+        if isinstance(attachments, Uploads):
+            held.task = host_task(self._keep(held, attachments))
+
+    async def _keep(self, held: _Held, uploads: Uploads) -> None:
+        try:
+            held.attachments = await self._images.keep(uploads)
+        except Exception as exc:  # whatever it is, the door tells it, and the messages behind go on
+            held.problem = exc
+        held.task = None
+        lane = self._held.get(held.new.conversation)
+        while lane and lane[0].task is None:
+            self._let_go(lane.popleft())
+        if lane is not None and not lane:
+            del self._held[held.new.conversation]
+
+    def _let_go(self, held: _Held) -> None:
+        self._appending -= 1
+        problem = held.problem
+        if problem is None:
+            try:
+                self._append(held.new, held.attachments, held.told, held.door, held.channel)
+            except Exception as exc:  # what the caller of `accept_nowait` would have got
+                problem = exc
+        if problem is not None:
+            self._loop.call_soon(held.told, _refusal(problem))
+
+    def _append(
+        self,
+        new: NewMessage,
+        attachments: tuple[Attachment, ...],
+        told: Callable[[Accepted | BaseException], None],
+        door: str,
+        channel: str,
+    ) -> None:
         message = Message(
-            new.id or new_id("m"), new.conversation, 0, new.text, new.sender, new.attachments, new.metadata, time.time()
+            new.id or new_id("m"), new.conversation, 0, new.text, new.sender, attachments, new.metadata, time.time()
         )
         counter = self._doors.get(door)
         if counter is None:
@@ -130,6 +221,7 @@ class Intake:
             turn = self._turns.find(message.conversation, message.id)
             return Accepted(message.id, message.conversation, appended.seq, True, turn)
         msgspec.structs.force_setattr(message, "seq", appended.seq)
+        self._recent.note(message)
         turn = self._turns.begin(message, appended.conversation)
         if self._outbox.listened(message.conversation):
             self._outbox.tell(message.conversation, Event.of(message))
@@ -149,6 +241,7 @@ class Intake:
         if stored is None or record is None:
             raise LookupError(f"nothing was ever said in conversation {conversation!r}")
         self._outbox.tell(conversation, Event.of(stored))
+        self._recent.note(stored)
         self._background.observe("on_reply", stored)
         if deliver:
             self._background.deliver(stored, record)

@@ -19,7 +19,7 @@ from ..errors import BackendUnavailable
 from ..logs import get_log
 from ..runtime.guards import host_task
 
-__all__ = ["Event", "Outbox", "Reader", "Sink"]
+__all__ = ["Chunk", "Event", "Outbox", "Reader", "Sink"]
 
 PAGE = 200
 """Entries read from the journal at a time while catching up."""
@@ -27,15 +27,25 @@ PAGE = 200
 _encode = msgspec.json.Encoder().encode
 
 
+class Chunk(msgspec.Struct, frozen=True, tag_field="type", tag="chunk"):
+    """A piece of a streamed reply, or several in one; `index` counts pieces, and is that of the first."""
+
+    to: str
+    index: int
+    text: str
+
+
 class Event:
     """Something to tell: an entry, a chunk or an error. Encoded once, however many hear of it."""
 
-    __slots__ = ("_data", "data", "kind", "seq")
+    __slots__ = ("_data", "data", "kind", "seq", "wire")
 
-    def __init__(self, kind: str, data: Entry | dict[str, Any], seq: int = 0) -> None:
+    def __init__(self, kind: str, data: Entry | Chunk | dict[str, Any], seq: int = 0) -> None:
         self.kind = kind
-        self.data = data
+        self.data: Any = data
         self.seq = seq
+        self.wire: bytes | None = None
+        """What a door made of the frame, kept for the next of its visitors."""
         self._data: bytes | None = None
 
     @property
@@ -45,13 +55,19 @@ class Event:
             self._data = _encode(self.data)
         return self._data
 
+    @property
+    def to(self) -> str | None:
+        """The message that it belongs to."""
+        data = self.data
+        return data.get("to") if isinstance(data, dict) else getattr(data, "to", None)
+
     @classmethod
     def of(cls, entry: Entry) -> Event:
         return cls("message" if isinstance(entry, Message) else "reply", entry, entry.seq)
 
     @classmethod
     def chunk(cls, to: str, index: int, text: str) -> Event:
-        return cls("chunk", {"type": "chunk", "to": to, "index": index, "text": text})
+        return cls("chunk", Chunk(to, index, text))
 
     @classmethod
     def error(cls, to: str | None, code: str, message: str) -> Event:
@@ -62,8 +78,11 @@ class Event:
 class Sink(Protocol):
     """Where a reader's events go; a door's."""
 
-    def send(self, event: Event) -> None:
-        """Send without waiting."""
+    def send(self, event: Event) -> bool:
+        """Send without waiting; true while there is more than the other side takes, so that more had better wait."""
+
+    def send_chunks(self, events: list[Event]) -> bool:
+        """Send chunks that came together. What the other side is too slow for comes to it in fewer, larger ones."""
 
     async def drain(self) -> None:
         """Wait until the other side has taken most of it."""
@@ -91,6 +110,10 @@ class Reader:
     def close(self) -> None:
         if self._catching is not None:
             self._catching.cancel()
+
+    def hear_chunks(self, events: list[Event]) -> bool:
+        """Take chunks in; true while this reader can't take more. One that catches up has its chunks as a reply."""
+        return self._catching is None and self._sink.send_chunks(events)
 
     def hear(self, event: Event) -> None:
         """Take an event in, in the order of commits."""
@@ -138,11 +161,14 @@ class Outbox:
 
     def __init__(self) -> None:
         self._readers: dict[str, list[Reader]] = {}
+        self.on_change: Callable[[str], None] = lambda conversation: None
+        """Called when somebody came to a conversation or left it."""
 
     def join(self, reader: Reader) -> Callable[[], None]:
         """Have *reader* hear of its conversation; returns how to leave."""
         self._readers.setdefault(reader.conversation, []).append(reader)
         reader.start()
+        self.on_change(reader.conversation)
 
         def leave() -> None:
             reader.close()
@@ -151,11 +177,26 @@ class Outbox:
                 readers.remove(reader)
                 if not readers:
                     del self._readers[reader.conversation]
+                self.on_change(reader.conversation)
 
         return leave
 
     def listened(self, conversation: str) -> bool:
         return conversation in self._readers
+
+    def tell_chunks(self, conversation: str, events: list[Event]) -> bool:
+        """Tell every reader chunks that came together; true when there are readers, and none can take more."""
+        readers = self._readers.get(conversation)
+        if readers is None:
+            return False
+        full = True
+        for reader in readers:  # a sink only writes: nobody joins or leaves on the way
+            try:
+                full = reader.hear_chunks(events) and full
+            except Exception as exc:
+                full = False
+                get_log().error("reader_failed", conversation=conversation, exc_info=exc)
+        return full
 
     def tell(self, conversation: str, event: Event) -> None:
         for reader in tuple(self._readers.get(conversation, ())):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from hotdesk_sdk import Message
+from hotdesk_sdk import LlmError, Message, Reply
 
-from ..backend import Backend, ConversationRecord, Entry
+from ..backend import ConversationRecord, Entry
 from ..errors import CallFailed, TurnAborted
-from ..runtime.active import Slot
+from ..runtime.active import Slot, Snapshot
 from ..runtime.call import Clock
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ _encode = msgspec.json.Encoder().encode
 class ConversationView:
     """See `hotdesk_sdk.Conversation`. Made when a plugin first looks; dropped when the turn is run again."""
 
-    __slots__ = ("_closed", "_record", "_state", "assignee", "id", "locale", "tags")
+    __slots__ = ("_closed", "_record", "_state", "assignee", "handed_over", "id", "locale", "tags")
 
     def __init__(self, record: ConversationRecord) -> None:
         self._record = record
         self._state: dict[str, Any] | None = None
         self._closed = False
+        self.handed_over = False
+        """A human was asked for."""
         self.id = record.id
         self.locale = record.locale
         self.assignee = record.assignee
@@ -53,6 +56,12 @@ class ConversationView:
 
     def close(self) -> None:
         self._closed = True
+
+    def hand_over(self, reason: str = "") -> None:
+        self.handed_over = True
+        if "handoff" not in self.tags:
+            self.tags.append("handoff")
+        self.state["handoff"] = {"reason": as_text(reason, "the reason of a hand-over"), "at": time.time()}
 
     @property
     def closed(self) -> bool:
@@ -110,33 +119,46 @@ class _Handed:
 _HANDED = _Handed()
 
 
+class Past(Protocol):
+    """What was said before; the chat room's memory of it, or the journal."""
+
+    async def history(self, conversation: str, before: int, limit: int) -> list[Entry]: ...
+
+
 class TurnRun:
     """See `hotdesk_sdk.Turn` for the public part."""
 
     __slots__ = (
-        "_backend",
         "_conversation",
+        "_past",
         "abandoned",
         "answered_by",
         "attempt",
         "clock",
         "ended",
+        "ending",
         "message",
+        "opened",
         "pending",
         "record",
         "refused",
         "rerun",
+        "room",
+        "said",
         "shown",
+        "snapshot",
         "started",
+        "streamed",
         "streaming",
+        "task",
         "text",
+        "unanswered",
         "waiters",
+        "waiting",
         "watchers",
     )
 
-    def __init__(
-        self, message: Message, record: ConversationRecord, backend: Backend, attempt: int, started: float
-    ) -> None:
+    def __init__(self, message: Message, record: ConversationRecord, past: Past, attempt: int, started: float) -> None:
         self.message = message
         self.text = message.text
         self.record = record
@@ -147,13 +169,31 @@ class TurnRun:
         self.rerun: Any = None
         self.refused: CallFailed | None = None
         self.abandoned = False
+        self.task: asyncio.Task[None] | None = None
+        """Who runs it; None while it waits behind another turn."""
         self.pending: list[str] = []
         self.streaming = False
+        self.opened: list[Any] | None = None
+        """Streams that were begun, innermost first; each is closed, whether anybody pulled it to its end or not."""
+        self.streamed: Reply | None = None
+        self.said: list[str] = []
+        """The chunks that were shown of `streamed`."""
         self.shown = 0
+        self.room: asyncio.Future[None] | None = None
+        """What the stream waits for while nobody who listens can take more."""
+        self.unanswered: tuple[str, str] | None = None
+        """The error that stands in for silence: why a bot that would have answered could not."""
+        self.ending = False
+        """The answer is decided, and on its way to the disk: nothing can be cancelled any more."""
         self.ended: Ended | None = None
         self.waiters: list[asyncio.Future[Ended | None]] | None = None
-        self.watchers: list[Callable[[Event], None]] | None = None
-        self._backend = backend
+        self.waiting = 0
+        """Requests that wait for the end, and whose visitors are there."""
+        self.watchers: list[Callable[[Event], object]] | None = None
+        """Told each event; what a watcher returns is true while it can't take more."""
+        self.snapshot: Snapshot
+        """The plugins that answer it, from the moment it runs."""
+        self._past = past
         self._conversation: ConversationView | None = None
 
     @property
@@ -172,7 +212,7 @@ class TurnRun:
         return self._conversation
 
     async def history(self, limit: int = 20) -> list[Entry]:
-        return await self._backend.history(self.message.conversation, self.message.seq, max(0, limit))
+        return await self._past.history(self.message.conversation, self.message.seq, max(0, limit))
 
     def stream(self, text: str) -> Awaitable[None]:
         if not self.streaming:
@@ -183,6 +223,8 @@ class TurnRun:
 
     def note_failure(self, slot: Slot, failure: CallFailed) -> None:
         """Judge a failed call: raises `TurnAborted` when the turn can't go on without that plugin."""
+        if self.clock.cancelled:
+            raise TurnAborted
         if failure.rerun is not None:
             self.rerun = failure.rerun
             raise TurnAborted
@@ -190,11 +232,23 @@ class TurnRun:
             self.refused = failure
             raise TurnAborted
 
+    def note_unanswered(self, failure: CallFailed) -> None:
+        """A bot was skipped: where it was the language model that failed, silence gets that for its reason."""
+        if isinstance(cause := failure.__cause__, LlmError):
+            self.unanswered = cause.code, cause.public
+
+    def keep_open(self, stream: Any) -> None:
+        """Have *stream* closed when the onion has run, at the latest."""
+        if self.opened is None:
+            self.opened = [stream]
+        else:
+            self.opened.append(stream)
+
     def begin_again(self) -> None:
         """Forget what an aborted run did."""
         self.attempt += 1
         self.text = self.message.text
-        self.answered_by = self.rerun = self.refused = None
+        self.answered_by = self.rerun = self.refused = self.unanswered = self.streamed = None
         self.pending = []
         self._conversation = None
 

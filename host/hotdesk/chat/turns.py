@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections import deque
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import msgspec
@@ -28,7 +29,11 @@ from ..runtime.call import Calls
 from ..runtime.guards import host_task
 from .background import Background
 from .outbox import Event, Outbox
+from .recent import Recent
 from .turn import Ended, TurnRun, as_text
+
+Outcome = tuple[str | None, dict[str, Any], tuple[str, str] | None]
+"""How a turn's onion ended: the reply's text, its metadata, the error."""
 
 __all__ = ["Turns", "new_id"]
 
@@ -37,6 +42,10 @@ MAX_RERUNS = 3
 
 CANCEL_S = 1.0
 """How long a turn that is cancelled at the stop may take to end."""
+
+CANCELLED = ("cancelled", "the visitor cancelled this; what was said so far is the reply")
+PRESS_S = 0.5
+"""A cancelled turn has this long to unwind before it is cancelled again, and then once more to be left behind."""
 
 RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """The waits between tries to put a turn's end on disk; the last is repeated."""
@@ -51,15 +60,16 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{_PROCESS}{next(_COUNT):08x}"
 
 
-_OUTCOME_OF = {"turn_refused": "refused", "stream_cut": "cut"}
-OUTCOMES = ("replied", "silent", "refused", "cut", "failed")
+_OUTCOME_OF = {"turn_refused": "refused", "stream_cut": "cut", "cancelled": "cancelled"}
+OUTCOMES = ("replied", "silent", "refused", "cut", "cancelled", "failed")
 
 
 class _Lane:
-    __slots__ = ("record", "waiting")
+    __slots__ = ("record", "running", "waiting")
 
-    def __init__(self, record: ConversationRecord) -> None:
+    def __init__(self, record: ConversationRecord, running: TurnRun) -> None:
         self.record = record
+        self.running = running
         self.waiting: deque[TurnRun] = deque()
 
 
@@ -72,6 +82,7 @@ class Turns:
         active: Active,
         calls: Calls,
         backend: Backend,
+        recent: Recent,
         outbox: Outbox,
         background: Background,
         metrics: Metrics,
@@ -83,6 +94,7 @@ class Turns:
         self._active = active
         self._calls = calls
         self._backend = backend
+        self._recent = recent
         self._outbox = outbox
         self.background = background
         self._metrics = metrics
@@ -98,9 +110,8 @@ class Turns:
         self._idle.set()
         self._stopping = False
         self._stop_by = math.inf
-        self._outcomes = {
-            name: metrics.turns.labels(name) for name in ("replied", "silent", "refused", "cut", "failed")
-        }
+        self._outcomes = {name: metrics.turns.labels(name) for name in OUTCOMES}
+        outbox.on_change = self.make_room
 
     @property
     def live(self) -> int:
@@ -113,21 +124,73 @@ class Turns:
 
     def begin(self, message: Message, record: ConversationRecord, *, attempt: int = 1) -> TurnRun:
         """Run *message*'s turn once those before it in its conversation have ended."""
-        turn = TurnRun(message, record, self._backend, attempt, time.monotonic())
+        turn = TurnRun(message, record, self._recent, attempt, time.monotonic())
         self._live[(message.conversation, message.id)] = turn
         self._idle.clear()
         lane = self._lanes.get(message.conversation)
         if lane is None:
-            self._lanes[message.conversation] = _Lane(record)
+            self._lanes[message.conversation] = _Lane(record, turn)
             self._start(turn)
         else:
             lane.waiting.append(turn)
         return turn
 
+    def cancel(self, conversation: str, message_id: str) -> bool:
+        """Give a turn up, wherever it stands: what was said so far is its reply, marked cut. Twice is once.
+
+        False when there is nothing to give up: no such turn, or its answer is complete and on its way to the disk.
+        """
+        turn = self._live.get((conversation, message_id))
+        if turn is None or turn.ending:
+            return False
+        if turn.clock.cancelled:
+            return True
+        turn.clock.cancelled = True
+        if turn.task is None:
+            self._lanes[conversation].waiting.remove(turn)
+            self._spawn(self._end(turn, None, {}, CANCELLED, queued=True))
+        else:
+            self._press(turn, 0)
+        return True
+
+    def leave(self, conversation: str, message_id: str | None = None) -> None:
+        """Somebody who listened has gone: cancel the turn, or all of the conversation, that nobody waits for now."""
+        if self._stopping or self._outbox.listened(conversation):
+            return
+        lane = self._lanes.get(conversation)
+        for turn in (lane.running, *lane.waiting) if lane is not None else ():
+            if message_id in (None, turn.id) and not turn.watchers and not turn.waiting:
+                self.cancel(conversation, turn.id)
+
+    def make_room(self, conversation: str) -> None:
+        """Who listens in *conversation* can take more, came, or left: a stream that stood still goes on."""
+        lane = self._lanes.get(conversation)
+        if lane is not None and (room := lane.running.room) is not None and not room.done():
+            room.set_result(None)
+
+    def _press(self, turn: TurnRun, times: int) -> None:
+        """Cancel what *turn* waits for; a plugin that goes on all the same is left behind."""
+        task, inner = turn.task, turn.clock.task
+        if task is None or task.done() or (turn.ending and not turn.abandoned):
+            return
+        task.cancel()
+        if inner is not None and inner is not task:  # a middleware awaits what is further in from a task of its own
+            inner.cancel()
+        if times == 2 and turn.clock.abandon is not None:
+            turn.clock.abandon = None
+            self._abandon(turn)
+        if not self._stopping:
+            self._loop.call_later(PRESS_S, self._press, turn, times + 1)
+
+    def _spawn(self, coro: Coroutine[Any, Any, None]) -> None:
+        task = host_task(coro)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def _start(self, turn: TurnRun) -> None:
         # a task of the host's, on no plugin's account; the loop is at hand, for asking costs a system call before 3.12
         task = asyncio.Task(self._run(turn), loop=self._loop, context=contextvars.Context())
-        turn.clock.task = task
+        turn.task = turn.clock.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -140,48 +203,65 @@ class Turns:
         except (asyncio.CancelledError, GeneratorExit) as exc:
             if turn.abandoned:
                 return
-            if self._stopping:
+            if self._stopping and not clock.cancelled:
                 raise  # the turn stays open in the journal
-            self._log.error("turn_failed", conversation=turn.message.conversation, message=turn.id, problem=repr(exc))
-            text, metadata, error = None, {}, ("internal_error", "this turn failed inside hotdesk")
+            text, metadata, error = self._failed(turn, problem=repr(exc))
         except Exception as exc:  # the turn loop: a fault of ours ends one turn, not the conversation
-            self._log.error("turn_failed", conversation=turn.message.conversation, message=turn.id, exc_info=exc)
-            text, metadata, error = None, {}, ("internal_error", "this turn failed inside hotdesk")
+            text, metadata, error = self._failed(turn, exc_info=exc)
         finally:
             self._calls.stop(clock)
-        if not turn.abandoned:
-            await self._end(turn, text, metadata, error)
+        if turn.abandoned:
+            return
+        if clock.cancelled:
+            text, metadata, error = self._cut_short(turn)
+            await _settle()
+        await self._end(turn, text, metadata, error)
 
-    async def _answer(self, turn: TurnRun) -> tuple[str | None, dict[str, Any], tuple[str, str] | None]:
-        """Run the onion, again if it was rolled back meanwhile: the reply's text, its metadata, the error."""
+    def _failed(self, turn: TurnRun, **why: Any) -> Outcome:
+        if not turn.clock.cancelled:
+            self._log.error("turn_failed", conversation=turn.message.conversation, message=turn.id, **why)
+        return None, {}, ("internal_error", "this turn failed inside hotdesk")
+
+    @staticmethod
+    def _cut_short(turn: TurnRun) -> Outcome:
+        """The end of a cancelled turn."""
+        if not turn.said or turn.streamed is None:
+            return None, {}, CANCELLED
+        return "".join(turn.said), {**turn.streamed.metadata, "cut": True, "cancelled": True}, CANCELLED
+
+    async def _answer(self, turn: TurnRun) -> Outcome:
+        """Run the onion, again if it was rolled back meanwhile."""
         reruns = 0
         while True:
-            snapshot = self._active.acquire()
+            snapshot = turn.snapshot = self._active.acquire()
             try:
-                outcome = await self._run_onion(turn, snapshot)
+                try:
+                    outcome = await self._run_onion(turn, snapshot)
+                finally:
+                    if turn.opened is not None:
+                        await _close_all(turn)
             finally:
                 self._active.release(snapshot)
-            if turn.rerun is None or turn.shown or reruns == MAX_RERUNS:
+            if turn.rerun is None or turn.shown or turn.clock.cancelled or reruns == MAX_RERUNS:
                 return outcome
-            if turn.rerun is not True and not await turn.rerun:
+            # shielded: the rollback is for all turns, and goes on when this one is given up
+            if turn.rerun is not True and not await asyncio.shield(turn.rerun):
                 return outcome
             reruns += 1
             self._metrics.reruns.inc()
             turn.begin_again()
 
-    async def _run_onion(
-        self, turn: TurnRun, snapshot: Snapshot
-    ) -> tuple[str | None, dict[str, Any], tuple[str, str] | None]:
+    async def _run_onion(self, turn: TurnRun, snapshot: Snapshot) -> Outcome:
         try:
             reply: Reply | None = await snapshot.run(turn)
         except TurnAborted:
             reply = None
-        if turn.rerun is not None:
+        if turn.rerun is not None or turn.clock.cancelled:
             return None, {}, None
         if turn.refused is not None:
             return None, {}, ("turn_refused", turn.refused.public)
         if reply is None:
-            return None, {}, None
+            return None, {}, turn.unanswered
         if reply.chunks is not None:
             return await self._stream(turn, reply)
         if len(reply.text) > self._max_reply_chars:
@@ -189,29 +269,68 @@ class Turns:
             return None, {}, ("turn_refused", f"the reply is over {self._max_reply_chars} characters")
         return reply.text, reply.metadata, None
 
-    async def _stream(self, turn: TurnRun, reply: Reply) -> tuple[str | None, dict[str, Any], tuple[str, str] | None]:
-        parts: list[str] = []
-        size = 0
-        error = None
-        assert reply.chunks is not None
+    async def _stream(self, turn: TurnRun, reply: Reply) -> Outcome:
+        """Pull the reply's chunks, as many at a time as there are, and tell them to whoever listens."""
+        turn.streamed, turn.said = reply, []
+        chunks: Any = reply.chunks
+        next_batch = chunks.next_batch if hasattr(chunks, "next_batch") else _Singly(chunks).next_batch
+        said, limit = turn.said, self._max_reply_chars
+        size, error = 0, None
         try:
-            async for chunk in reply.chunks:
+            while texts := await next_batch():
                 if turn.abandoned:
                     break
-                size += len(chunk)
-                if size > self._max_reply_chars:
-                    error = ("stream_cut", f"the reply is over {self._max_reply_chars} characters")
-                    self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
+                for number, text in enumerate(texts):
+                    size += len(text)
+                    if size > limit:
+                        error = ("stream_cut", f"the reply is over {limit} characters")
+                        self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
+                        texts = texts[:number]
+                        break
+                said += texts
+                if texts and self._tell_chunks(turn, texts):
+                    await self._wait_room(turn)
+                if error is not None:
                     break
-                self._tell(turn, Event.chunk(turn.id, turn.shown, chunk))
-                turn.shown += 1
-                parts.append(chunk)
         except (CallFailed, TurnAborted) as exc:
             error = ("stream_cut", exc.public if isinstance(exc, CallFailed) else "the stream was aborted")
         metadata = reply.metadata
         if error is not None:
             metadata = {**metadata, "cut": True}
-        return ("".join(parts) if parts else None), metadata, error
+        return ("".join(said) if said else None), metadata, error
+
+    def _tell_chunks(self, turn: TurnRun, texts: list[str]) -> bool:
+        """Tell everyone who listens; true when there are such, and none of them can take more."""
+        conversation, shown = turn.message.conversation, turn.shown
+        turn.shown = shown + len(texts)
+        watchers, listened = turn.watchers, self._outbox.listened(conversation)
+        if not watchers and not listened:
+            return False
+        to = turn.message.id
+        events = [Event.chunk(to, index, text) for index, text in enumerate(texts, shown)]
+        full = True
+        for watcher in tuple(watchers) if watchers else ():
+            for event in events:
+                try:
+                    taken = watcher(event)
+                except Exception as exc:  # as in the outbox: a door's fault is not the turn's
+                    taken = None
+                    self._log.error("watcher_failed", conversation=conversation, exc_info=exc)
+            full = full and bool(taken)
+        if listened:
+            full = self._outbox.tell_chunks(conversation, events) and full
+        return full
+
+    async def _wait_room(self, turn: TurnRun) -> None:
+        """Stand still until somebody who listens can take more, or nobody does any longer.
+
+        Nothing is pulled meanwhile, so what the stream comes from fills up and stands still too.
+        """
+        turn.room = self._loop.create_future()
+        try:
+            await turn.room
+        finally:
+            turn.room = None
 
     def _tell(self, turn: TurnRun, event: Event) -> None:
         if turn.watchers is not None:
@@ -223,8 +342,16 @@ class Turns:
         self._outbox.tell(turn.message.conversation, event)
 
     async def _end(
-        self, turn: TurnRun, text: str | None, metadata: dict[str, Any], error: tuple[str, str] | None
+        self,
+        turn: TurnRun,
+        text: str | None,
+        metadata: dict[str, Any],
+        error: tuple[str, str] | None,
+        *,
+        queued: bool = False,
     ) -> None:
+        """Put the end on disk and tell it; then the next turn in line runs, unless this one was only *queued*."""
+        turn.ending = True
         message = turn.message
         lane = self._lanes[message.conversation]
         end = self._turn_end(turn, text, metadata)
@@ -253,7 +380,7 @@ class Turns:
                 else ConversationRecord(end.changed.id, end.changed.channel, end.changed.locale)
             )
         self._told(turn, stored or (), end, error)
-        self._next(message, lane)
+        self._next(message, lane, queued)
 
     def _turn_end(
         self, turn: TurnRun, text: str | None, metadata: dict[str, Any]
@@ -292,14 +419,13 @@ class Turns:
     ) -> None:
         """Everyone who listens hears of the end, which is on disk now."""
         self._metrics.turn_stats.observe(time.monotonic() - turn.started)
-        outcome = (
-            "silent" if error is None else {"turn_refused": "refused", "stream_cut": "cut"}.get(error[0], "failed")
-        )
+        outcome = "silent" if error is None else _OUTCOME_OF.get(error[0], "failed")
         self._outcomes["replied" if stored and error is None else outcome].inc()
         heard = turn.watchers or self._outbox.listened(turn.message.conversation)
         for reply in stored:
             if heard:
                 self._tell(turn, Event.of(reply))
+            self._recent.note(reply)
             self.background.observe("on_reply", reply)
             if end.deliver:
                 self.background.deliver(reply, turn.record)
@@ -308,7 +434,8 @@ class Turns:
         if end.changed is not None:
             if end.closed:
                 self.background.observe_conversation("on_conversation_closed", end.changed)
-            if end.changed.assignee != turn.record.assignee:
+            view = turn.touched
+            if end.changed.assignee != turn.record.assignee or (view is not None and view.handed_over):
                 self.background.observe_conversation("on_assigned", end.changed)
         if (by := turn.answered_by) is not None and stored and by.generation.first_answer is not None:
             by.generation.first_answer()
@@ -333,14 +460,16 @@ class Turns:
             **({"text": turn.message.text} if self._log_text else {}),
         )
 
-    def _next(self, message: Message, lane: _Lane) -> None:
+    def _next(self, message: Message, lane: _Lane, queued: bool) -> None:
         del self._live[(message.conversation, message.id)]
         if not self._live:
             self._idle.set()
+        if queued:
+            return
         if not lane.waiting:
             del self._lanes[message.conversation]
         elif not self._stopping:
-            turn = lane.waiting.popleft()
+            turn = lane.running = lane.waiting.popleft()
             turn.record = lane.record
             self._start(turn)
 
@@ -348,11 +477,12 @@ class Turns:
         """A call ignores its cancellation: the conversation goes on without it."""
         turn.abandoned = True
         self._log.error("turn_abandoned", conversation=turn.message.conversation, message=turn.id)
-        error = ("turn_refused", "a plugin did not stop when its time was over")
+        if turn.clock.cancelled:
+            self._spawn(self._end(turn, *self._cut_short(turn)))
+            return
         turn.answered_by = None
-        task = host_task(self._end(turn, None, {}, error))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        error = ("turn_refused", "a plugin did not stop when its time was over")
+        self._spawn(self._end(turn, None, {}, error))
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no turn is live; False when *timeout_s* went by first. `aclose` then waits no longer."""
@@ -383,3 +513,42 @@ class Turns:
             for waiter in turn.waiters or ():
                 waiter.cancel()
         return left
+
+
+class _Singly:
+    """Chunks one at a time, in the shape of batches."""
+
+    __slots__ = ("_next",)
+
+    def __init__(self, chunks: AsyncIterator[str]) -> None:
+        self._next = aiter(chunks).__anext__
+
+    async def next_batch(self) -> list[str]:
+        try:
+            return [await self._next()]
+        except StopAsyncIteration:
+            return []
+
+
+async def _close_all(turn: TurnRun) -> None:
+    """Close the streams that the onion began, outermost first, whatever became of them."""
+    while turn.opened:
+        try:
+            await turn.opened.pop().aclose()
+        except asyncio.CancelledError:
+            if not turn.clock.cancelled:
+                raise
+        except RuntimeError:
+            pass  # a plugin pulls it still, in a task of its own; it ends with that
+
+
+async def _settle() -> None:
+    """What is left of a cancellation must not hit what comes after the plugins: the end of the turn."""
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        await asyncio.sleep(0)  # one that was asked for from within this task arrives here
+    except asyncio.CancelledError:
+        pass
+    while task.cancelling():
+        task.uncancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -16,7 +16,9 @@ from hotdesk_sdk import LlmTimeout, LlmUnavailable, Usage
 
 from ..config import ModelSettings
 from ..metrics import Metrics
-from .official import Official
+
+if TYPE_CHECKING:
+    from .official import Official
 
 __all__ = ["Model"]
 
@@ -36,7 +38,7 @@ class Model:
     def __init__(self, name: str, settings: ModelSettings, metrics: Metrics) -> None:
         self.name = name
         self.settings = settings
-        self.official = Official(name, settings)
+        self.official: Official
         self.proxy = settings.proxy or None
         self.url: URL
         self.headers: CIMultiDict[str]
@@ -57,6 +59,9 @@ class Model:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def open(self) -> None:
+        from .official import Official
+
+        self.official = Official(self.name, self.settings)
         template = await self.official.template()
         self.url = URL(template.url, encoded=True)
         self.headers = CIMultiDict(template.headers)

@@ -14,7 +14,7 @@ import msgspec
 from hotdesk_sdk import LlmError, LlmTimeout, LlmUnavailable
 
 from .model import Model
-from .official import MAX_RETRY_AFTER_S, may_retry
+from .retry import MAX_RETRY_AFTER_S, may_retry
 
 __all__ = ["Asked", "Failed", "Plan", "post"]
 
@@ -38,11 +38,14 @@ class Asked(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     extra: Mapping[str, Any] = {}
+    blind: Sequence[Mapping[str, Any]] | None = None
+    """The messages for models without `vision`, where those differ."""
 
     def body(self, model: Model, *, stream: bool) -> bytes:
         """The JSON of the request to *model*. Raises `TypeError` or `ValueError` on what is not JSON."""
         settings = model.settings
-        body: dict[str, Any] = {"messages": self.messages, "model": settings.model}
+        messages = self.messages if self.blind is None or settings.vision else self.blind
+        body: dict[str, Any] = {"messages": messages, "model": settings.model}
         temperature = settings.temperature if self.temperature is None else self.temperature
         if temperature is not None:
             body["temperature"] = temperature

@@ -24,6 +24,8 @@ __all__ = ["LlmStream", "Resting", "complete"]
 END_S = 1.0
 """How long a connection may take to end its body after the last event; then it is closed and not used again."""
 
+BROKE_OFF = "the language model broke off"
+
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 MAX_TOOL_CALLS = 128
 
@@ -128,6 +130,7 @@ class LlmStream:
         except Failed as failed:
             self._end("cut")
             failed.error.shown = True
+            failed.error.public = BROKE_OFF
             raise failed.error from None
         except LlmError:
             self._end("failed")

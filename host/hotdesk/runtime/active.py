@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from hotdesk_sdk import Hooks, Manifest, Tool
+from hotdesk_sdk import Hooks, Manifest
 
 from ..metrics import CallStats
 
 if TYPE_CHECKING:
     from .scope import Scope
     from .sources import Bundle
+    from .tools import LoadedTool
 
 __all__ = ["Active", "BoundHook", "Breaker", "Generation", "PluginState", "Slot", "Snapshot"]
 
@@ -81,7 +82,7 @@ class Generation:
         self.state = PluginState.PENDING
         self.hooks: dict[str, BoundHook] = {}
         self.scope: Scope
-        self.tools: list[Tool] = []
+        self.tools: list[LoadedTool] = []
         self.routes: Any = None
         self.snapshots: set[Snapshot] = set()
         self.probation_left = 0
@@ -173,7 +174,7 @@ class Slot:
 class Snapshot:
     """The plugins that serve together, in order. `run` is the onion, compiled once."""
 
-    __slots__ = ("__weakref__", "by_name", "number", "observers", "retired", "run", "slots", "users")
+    __slots__ = ("__weakref__", "by_name", "number", "observers", "retired", "run", "slots", "tools", "users")
 
     def __init__(self, number: int, slots: tuple[Slot, ...]) -> None:
         self.number = number
@@ -182,6 +183,7 @@ class Snapshot:
         self.users = 0
         self.retired = False
         self.run: Any = None
+        self.tools: Any = None
         self.observers: dict[str, tuple[tuple[Slot, BoundHook], ...]] = {}
 
     def implementations(self, hook: str) -> tuple[tuple[Slot, BoundHook], ...]:

@@ -13,7 +13,7 @@ import msgspec
 from .active import Generation
 
 if TYPE_CHECKING:
-    from .scope import Context
+    from .scope import Context, Scope
 
 __all__ = ["CapabilityDoors", "KvStore", "PluginHttp", "PluginKv"]
 
@@ -34,6 +34,9 @@ class CapabilityDoors:
     """The host's side of the capabilities; `denied` tells the operator."""
 
     kv: KvStore
+    llm: Callable[[Generation, Scope], Any]
+    """Makes `ctx.llm` of one generation; the chat room's."""
+
     denied: Callable[[str, int, str], None]
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import msgspec
 
-from hotdesk_sdk import Tool
-
 from ..config import PluginSettings
 from ..errors import CallFailed, LoadFailed
 from ..logs import Logger
@@ -28,6 +26,7 @@ from .python import PythonLoader, bind_hooks
 from .release import Leftover, Release
 from .scope import Context, Scope, Sender
 from .sources import Bundle
+from .tools import load_tools
 
 __all__ = ["Maker", "Prepared"]
 
@@ -133,10 +132,10 @@ class Maker:
             except (TypeError, ValueError, RecursionError) as exc:
                 raise LoadFailed(generation.plugin, "export_state", f"the old state is not JSON-able: {exc}") from exc
             await self._lifecycle(generation, "import_state", state, old.manifest.version)
-        tools = await self._lifecycle(generation, "tools") or []
-        if not isinstance(tools, list | tuple) or not all(isinstance(tool, Tool) for tool in tools):
-            raise LoadFailed(generation.plugin, "tools", "tools must return a list of hotdesk_sdk.Tool")
-        generation.tools = list(tools)
+        try:
+            generation.tools = load_tools(await self._lifecycle(generation, "tools"))
+        except ValueError as exc:
+            raise LoadFailed(generation.plugin, "tools", str(exc)) from exc
         if "routes" in generation.hooks:
             try:
                 generation.routes = self._compile_routes(await self._lifecycle(generation, "routes"))

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hotdesk_sdk import HotdeskError
 
 from ..config import Config, PluginSettings
@@ -72,6 +74,7 @@ class Plugins:
         self._events = events
         self._places = Places(config.plugins)
         self._settings = dict(config.plugin_settings)
+        self._llm_grant = frozenset(config.llm.grant if config.llm.models else ())
         self._overrides: dict[str, bool] = {}
         self._entries: dict[str, Entry] = {}
         self._numbers: dict[str, int] = {}
@@ -472,13 +475,13 @@ class Plugins:
                 async with self._held(name) as entry:
                     await self._set_enabled(entry, self._is_enabled(name))
                     if entry.current is not None:
-                        await self._attempt(entry, self._take_own_settings(entry, entry.current, new))
+                        await self._attempt(entry, self._take_own_settings(entry, entry.current))
                     if entry.problem is not None:  # the settings may be just what it wanted
                         await self._attempt(entry, self._apply(entry, time.monotonic(), force=True))
 
-    async def _take_own_settings(self, entry: Entry, current: Generation, settings: PluginSettings) -> None:
+    async def _take_own_settings(self, entry: Entry, current: Generation) -> None:
         """Order, deadline and grants: a new snapshot around the same generation. Then the config."""
-        self._maker.grant(current, settings)
+        self._maker.grant(current, self._settings_of(entry.name))
         if entry.slot is not None:
             slot = entry.slot = self._newest_slot(entry.slot)
             others = [one for one in self._active.current.slots if one.generation is not current]
@@ -486,7 +489,10 @@ class Plugins:
         await self._reconfigure(entry, current.bundle)
 
     def _settings_of(self, name: str) -> PluginSettings:
-        return self._settings.get(name, PluginSettings())
+        settings = self._settings.get(name, PluginSettings())
+        if name in self._llm_grant and "llm" not in settings.grant:
+            settings = msgspec.structs.replace(settings, grant=(*settings.grant, "llm"))
+        return settings
 
     def _newest_slot(self, slot: Slot) -> Slot:
         return slot_for(slot.generation, self._settings_of(slot.generation.plugin), slot.breaker)

@@ -153,6 +153,7 @@ class Context:
         self._modules = modules
         self._http: PluginHttp | None = None
         self._kv: PluginKv | None = None
+        self._llm: Any = None
 
     def _need(self, capability: str) -> None:
         asked = capability in self._generation.manifest.capabilities
@@ -170,8 +171,11 @@ class Context:
 
     @property
     def llm(self) -> Any:
+        self._scope.serve("ctx.llm")
         self._need("llm")
-        raise CapabilityDenied(self.plugin, self.generation, "llm", asked=True)
+        if self._llm is None:
+            self._llm = self._doors.llm(self._generation, self._scope)
+        return self._llm
 
     @property
     def http(self) -> PluginHttp:

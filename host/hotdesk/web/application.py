@@ -12,6 +12,7 @@ from ..errors import DoorError
 from .access import Access
 from .admin import Admin
 from .conversations import Conversations
+from .images import ImageDoor
 from .plugin_pages import PluginPages
 from .probes import Probes
 from .webhooks import Webhooks
@@ -20,7 +21,12 @@ from .wire import Wire
 
 __all__ = ["Doors", "make_application"]
 
-VISITOR_PATHS = ("/v1/conversations/{c}/messages", "/v1/conversations/{c}/events")
+VISITOR_PATHS = (
+    "/v1/conversations/{c}/messages",
+    "/v1/conversations/{c}/messages/{id}/cancel",
+    "/v1/conversations/{c}/events",
+    "/v1/conversations/{c}/images/{hash}",
+)
 """What pages of `allowed_origins` may fetch; a WebSocket needs no leave of the browser."""
 
 
@@ -31,6 +37,7 @@ class Doors:
     wire: Wire
     access: Access
     conversations: Conversations
+    images: ImageDoor
     websockets: WebSockets
     webhooks: Webhooks
     pages: PluginPages
@@ -45,7 +52,9 @@ def make_application(config: Config, doors: Doors) -> web.Application:
     add = partial(app.router.add_route, expect_handler=doors.wire.expect)
     table = {
         "/v1/conversations/{c}/messages": {"POST": doors.conversations.post, "GET": doors.conversations.record},
+        "/v1/conversations/{c}/messages/{id}/cancel": {"POST": doors.conversations.cancel},
         "/v1/conversations/{c}/events": {"GET": doors.conversations.events},
+        "/v1/conversations/{c}/images/{hash}": {"GET": doors.images.handle},
         "/v1/ws": {"GET": doors.websockets.handle},
         "/admin/plugins": {"GET": doors.admin.list},
         "/admin/plugins/{name}": {"GET": doors.admin.show},

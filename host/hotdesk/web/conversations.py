@@ -12,10 +12,12 @@ from ..backend import Backend
 from ..chat.intake import Accepted, Intake, NewMessage
 from ..chat.outbox import Event, Outbox, Reader
 from ..chat.turn import Ended
+from ..chat.turns import Turns
 from ..config import Config
 from ..errors import DoorError
 from ..metrics import Metrics
 from .access import Access
+from .pace import HangUps, Held, soft_bound
 from .wire import SSE_HEADERS, check_url, conversation_of, decode_message, integer, json_response, seconds, sse
 
 __all__ = ["Conversations"]
@@ -25,18 +27,25 @@ MAX_SEQ = 2**63 - 1
 HEARTBEAT_S = 15.0
 """A comment line this often keeps proxies from closing a quiet event stream."""
 
-STALL_S = 20.0
-"""A reader that takes nothing for this long is closed; it resumes with its last id."""
-
 
 class Conversations:
     """The HTTP doors of conversations."""
 
     def __init__(
-        self, config: Config, *, intake: Intake, outbox: Outbox, backend: Backend, access: Access, metrics: Metrics
+        self,
+        config: Config,
+        *,
+        intake: Intake,
+        turns: Turns,
+        outbox: Outbox,
+        backend: Backend,
+        access: Access,
+        metrics: Metrics,
     ) -> None:
         self._config = config
         self._intake = intake
+        self._turns = turns
+        self._hang_ups = HangUps() if config.on_leave == "cancel" else None
         self._outbox = outbox
         self._backend = backend
         self._access = access
@@ -78,7 +87,7 @@ class Conversations:
             self._access.check_rate(new.sender.id or request.remote or "")
         if "text/event-stream" in request.headers.get("Accept", ""):
             return await self._post_stream(request, new)
-        accepted, ended = await self._say(new, wait)
+        accepted, ended = await self._say(new, wait, request.transport)
         body: dict[str, Any] = {
             "id": accepted.id, "conversation": accepted.conversation, "seq": accepted.seq, "status": "accepted",
         }  # fmt: skip
@@ -89,7 +98,16 @@ class Conversations:
             body["error"] = {"code": ended.error[0], "message": ended.error[1]}
         return json_response(body)
 
-    async def _say(self, new: NewMessage, wait: float | None) -> tuple[Accepted, Ended | None]:
+    async def cancel(self, request: web.Request) -> web.StreamResponse:
+        conversation, _ = self._enter(request)
+        message = request.match_info["id"]
+        if not self._turns.cancel(conversation, message):
+            raise DoorError("not_found", "no turn of that message is under way", "what it came to is in the record")
+        return json_response({"id": message, "status": "cancelling"}, 202)
+
+    async def _say(
+        self, new: NewMessage, wait: float | None, transport: asyncio.Transport | None
+    ) -> tuple[Accepted, Ended | None]:
         """Have *new* accepted, and wait for its turn's end; None for that when the time is up first.
 
         One future for both: this is the path of every `?wait`, and each wake-up costs it.
@@ -99,7 +117,7 @@ class Conversations:
         loop = self._loop
         future: asyncio.Future[Ended | None] = loop.create_future()
         known: list[Accepted] = []
-        late = False
+        late = gone = False
 
         def told(outcome: Accepted | BaseException) -> None:
             if future.done():
@@ -108,6 +126,8 @@ class Conversations:
                 future.set_exception(outcome)
                 return
             known.append(outcome)
+            if outcome.turn is not None:
+                outcome.turn.waiting += 1
             if late or outcome.turn is None:
                 future.set_result(None)
             else:
@@ -119,14 +139,26 @@ class Conversations:
             if known and not future.done():
                 future.set_result(None)
 
+        def hung_up() -> None:
+            nonlocal gone
+            gone = True
+            time_is_up()
+
         self._intake.accept_nowait(new, told, door="http")
         handle = loop.call_later(wait, time_is_up)
         self._waiting.add(time_is_up)
+        forget = self._hang_ups.watch(transport, hung_up) if self._hang_ups is not None else None
         try:
             ended = await future
         finally:
             handle.cancel()
             self._waiting.discard(time_is_up)
+            if forget is not None:
+                forget()
+            if known and (turn := known[0].turn) is not None:
+                turn.waiting -= 1
+                if gone:
+                    self._turns.leave(new.conversation, turn.id)
         accepted = known[0]
         if accepted.turn is None:
             outcome = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
@@ -134,7 +166,7 @@ class Conversations:
         return accepted, ended
 
     async def _post_stream(self, request: web.Request, new: NewMessage) -> web.StreamResponse:
-        sink = _SseSink(self._config.max_buffer_bytes, at_stop=STOPPING)
+        sink = self._sink(new.conversation, at_stop=STOPPING)
         told: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
 
         def tell(outcome: Accepted | BaseException) -> None:
@@ -162,13 +194,20 @@ class Conversations:
         try:
             return await self._stream(request, sink)
         finally:
-            if accepted.turn is not None and accepted.turn.watchers and sink.send in accepted.turn.watchers:
-                accepted.turn.watchers.remove(sink.send)
+            if (turn := accepted.turn) is not None and turn.watchers and sink.send in turn.watchers:
+                turn.watchers.remove(sink.send)
+                self._turns.make_room(new.conversation)
+                if self._hang_ups is not None:
+                    self._turns.leave(new.conversation, turn.id)
+
+    def _sink(self, conversation: str, *, at_stop: Event | None = None) -> _SseSink:
+        return _SseSink(self._config, lambda: self._turns.make_room(conversation), at_stop)
 
     async def _stream(self, request: web.Request, sink: _SseSink) -> web.StreamResponse:
         """Write what *sink* is sent until it ends, the host stops, or the reader is gone or too slow."""
         response = web.StreamResponse(headers=SSE_HEADERS)
         self._streams.inc()
+        forget = self._hang_ups.watch(request.transport, sink.hang_up) if self._hang_ups is not None else None
         try:
             await response.prepare(request)
             await sink.run(request, response, self._stopping)
@@ -177,6 +216,8 @@ class Conversations:
             pass  # the reader left or stalled: what it missed is in the record
         finally:
             self._streams.dec()
+            if forget is not None:
+                forget()
             if sink.stalled:
                 self._metrics.slow_readers.labels("sse").inc()
         return response
@@ -197,12 +238,14 @@ class Conversations:
         last = request.headers.get("Last-Event-ID")
         query = {"after": last} if last is not None else request.query
         after = integer(query, "after", None, 0, MAX_SEQ)
-        sink = _SseSink(self._config.max_buffer_bytes)
+        sink = self._sink(conversation)
         leave = self._outbox.join(Reader(conversation, after, messages=True, sink=sink, backend=self._backend))
         try:
             return await self._stream(request, sink)
         finally:
             leave()
+            if self._hang_ups is not None:
+                self._turns.leave(conversation)
 
 
 STOPPING = Event.error(None, "stopping", "the host is stopping; the message is kept, and answered after its next start")
@@ -211,14 +254,20 @@ STOPPING = Event.error(None, "stopping", "the host is stopping; the message is k
 class _SseSink:
     """Writes events to one response; over its bound it cuts the connection, whose reader resumes by its last id.
 
-    Too far is judged by what was sent before: one event over the bound alone still reaches whoever reads.
+    Too far is judged by what was sent before: one event over the bound alone still reaches whoever reads. Chunks
+    beyond the soft bound are held, and go out as one.
     """
 
-    def __init__(self, limit: int, *, at_stop: Event | None = None) -> None:
-        self._limit = limit
+    def __init__(self, config: Config, on_room: Callable[[], None], at_stop: Event | None) -> None:
+        self._limit = config.max_buffer_bytes
+        self._soft = soft_bound(config.max_buffer_bytes)
+        self._stall_s = config.reader_stall_s
+        self._on_room = on_room
         self._at_stop = at_stop
         self._queue: list[bytes] = []
         self._size = 0
+        self._held: Held | None = None
+        self._full = False
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -226,25 +275,66 @@ class _SseSink:
         self._ended = False
         self.stalled = False
 
-    def send(self, event: Event) -> None:
+    def send_chunks(self, events: list[Event]) -> bool:
+        full = False
+        for event in events:
+            full = self.send(event)
+        return full
+
+    def send(self, event: Event) -> bool:
         if self._ended:
-            return
-        if self._size > self._limit:
-            self.stalled = self._ended = True
-            self._queue.clear()
-            self._room.set()
-            if self._transport is not None:
-                self._transport.abort()
-            return
-        data = sse(event.kind, event.frame, event.seq)
+            return True
+        if self._size + (self._held.size if self._held is not None else 0) > self._limit:
+            self._cut()
+            return True
+        if event.kind == "chunk" and self._size > self._soft:
+            self._hold(event)
+            return True
+        if self._held is not None and self._held.overtaken_by(event):
+            self._held = None
+        self._put(sse(event.kind, event.frame, event.seq))
+        if self._size > self._soft:
+            self._full = True
+        return self._full
+
+    def _put(self, data: bytes) -> None:
         self._queue.append(data)
         self._size += len(data)
         self._wake.set()
         if self._size > self._limit // 2:
             self._room.clear()
 
+    def _hold(self, event: Event) -> None:
+        self._full = True
+        if self._held is not None and self._held.to == event.to:
+            self._held.add(event.data)
+            return
+        self._release()
+        self._held = Held(event.data)
+
+    def _release(self) -> None:
+        """What is held takes its place in the queue."""
+        if self._held is not None:
+            held, self._held = self._held.event(), None
+            self._put(sse(held.kind, held.frame))
+
+    def _cut(self) -> None:
+        self.stalled = True
+        self.hang_up()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def hang_up(self) -> None:
+        """There is nobody to send to any more."""
+        self._ended = True
+        self._queue.clear()
+        self._held = None
+        self._room.set()
+        self._wake.set()
+
     def end(self, event: Event) -> None:
         """Send *event* as the last one."""
+        self._release()
         self.send(event)
         self._ended = True
         self._wake.set()
@@ -263,6 +353,10 @@ class _SseSink:
                     self._size = 0
                     self._room.set()
                     await self._write(response, data)
+                    self._release()
+                    if self._full:
+                        self._full = False
+                        self._on_room()
                 if self._ended:
                     return
                 if stop.done():
@@ -281,10 +375,8 @@ class _SseSink:
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
         try:
-            async with asyncio.timeout(STALL_S):
+            async with asyncio.timeout(self._stall_s):
                 await response.write(data)
         except TimeoutError:
-            self.stalled = self._ended = True
-            if self._transport is not None:
-                self._transport.abort()
+            self._cut()
             raise

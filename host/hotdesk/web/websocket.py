@@ -14,12 +14,14 @@ from msgspec import Meta
 from ..backend import Backend
 from ..chat.intake import Accepted, Intake, NewMessage
 from ..chat.outbox import Event, Outbox, Reader
+from ..chat.turns import Turns
 from ..config import Config
 from ..errors import BackendUnavailable, DoorError
 from ..metrics import Metrics
 from ..runtime.guards import host_task
 from .access import Access, Visitor
 from .conversations import MAX_SEQ
+from .pace import Held, soft_bound
 from .wire import MessageBody, Wire, check_url, conversation_of, decode, integer, to_message
 
 __all__ = ["WebSockets"]
@@ -37,8 +39,9 @@ CLOSE_S = 2.0
 
 PONG = b'{"type":"pong"}'
 BINARY = "frames are text, with JSON in them"
-STALL_S = 20.0
-"""A reader that takes nothing of what it missed for this long is closed; it resumes with `after=`."""
+LOOK_S = 0.005
+LOOK_EACH_S = 0.00002
+"""Slow visitors are looked at this often, all in one go; more rarely the more they are, for a look costs 1 µs each."""
 
 BROKEN = {
     WSCloseCode.PROTOCOL_ERROR: ("bad_json", "the frame breaks the WebSocket protocol"),
@@ -51,10 +54,11 @@ _encode = msgspec.json.Encoder().encode
 
 
 class InFrame(MessageBody, frozen=True, kw_only=True):
-    """A frame from a visitor: `message` with a message's fields, or `ping`."""
+    """A frame from a visitor: `message` with a message's fields, `cancel` with the id of one, or `ping`."""
 
     type: Annotated[str, Meta(max_length=20)]
     text: str = ""
+    to: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
 
 
 def _text_frame(data: bytes) -> bytes:
@@ -65,6 +69,13 @@ def _text_frame(data: bytes) -> bytes:
     if size < 65536:
         return b"\x81\x7e" + size.to_bytes(2) + data
     return b"\x81\x7f" + size.to_bytes(8) + data
+
+
+def _wire(event: Event) -> bytes:
+    """*event* as a frame, made once for all who get it."""
+    if event.wire is None:
+        event.wire = _text_frame(event.frame)
+    return event.wire
 
 
 _in = msgspec.json.Decoder(InFrame).decode
@@ -78,6 +89,7 @@ class WebSockets:
         config: Config,
         *,
         intake: Intake,
+        turns: Turns,
         outbox: Outbox,
         backend: Backend,
         access: Access,
@@ -86,6 +98,7 @@ class WebSockets:
     ) -> None:
         self._config = config
         self._intake = intake
+        self._turns = turns
         self._outbox = outbox
         self._backend = backend
         self._access = access
@@ -93,6 +106,9 @@ class WebSockets:
         self._wire = wire
         self._sessions: set[_Session] = set()
         self._keeping: asyncio.Task[None] | None = None
+        self._soft = soft_bound(config.max_buffer_bytes)
+        self._slow: set[_Session] = set()
+        self._looking: asyncio.Task[None] | None = None
         metrics.watch_gauge("hotdesk_websockets", "Open WebSocket connections", lambda: len(self._sessions))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -120,13 +136,17 @@ class WebSockets:
         finally:
             leave()
             self._sessions.discard(session)
+            self._slow.discard(session)
             ws.session = None
+            if self._config.on_leave == "cancel":
+                self._turns.leave(conversation)
         return ws
 
     async def aclose(self) -> None:
         """Close every connection with 1012, "service restart": come back."""
-        if self._keeping is not None:
-            self._keeping.cancel()
+        for task in (self._keeping, self._looking):
+            if task is not None:
+                task.cancel()
         await asyncio.gather(*(s.aclose(WSCloseCode.SERVICE_RESTART, b"come back") for s in list(self._sessions)))
 
     async def _keep_alive(self) -> None:
@@ -138,6 +158,21 @@ class WebSockets:
                 await asyncio.sleep(PING_STEP_S)
                 for session in order[step::steps]:
                     session.ping()
+
+    def watch(self, session: _Session) -> None:
+        """Look after *session* until it has taken what it was sent."""
+        self._slow.add(session)
+        if self._looking is None:
+            self._looking = host_task(self._look())
+
+    async def _look(self) -> None:
+        while self._slow:
+            await asyncio.sleep(max(LOOK_S, len(self._slow) * LOOK_EACH_S))
+            now = time.monotonic()
+            for session in list(self._slow):
+                if session.catch_up(now):
+                    self._slow.discard(session)
+        self._looking = None
 
 
 class _Socket(web.WebSocketResponse[Literal[False]]):
@@ -159,9 +194,14 @@ class _Session:
         "_closing",
         "_conversation",
         "_door",
+        "_full",
         "_heard",
+        "_held",
         "_remote",
+        "_taken_at",
         "_transport",
+        "_unaccepted",
+        "_unsent",
         "_visitor",
         "ws",
     )
@@ -182,11 +222,72 @@ class _Session:
         self._visitor = visitor
         self._closing = False
         self._heard = True
+        self._full = False
+        self._held: Held | None = None
+        self._unsent = 0
+        self._taken_at = 0.0
+        self._unaccepted: dict[str, bool] | None = None
+        """Messages that are not on disk yet, and whether they are to be cancelled as soon as they are."""
 
-    def send(self, event: Event) -> None:
-        self._write(event.frame)
+    def send(self, event: Event) -> bool:
+        if self._held is not None and self._held.overtaken_by(event):
+            self._held = None
+        self._write_frames(_wire(event))
+        return self._full
+
+    def send_chunks(self, events: list[Event]) -> bool:
+        if self._closing or self._transport.is_closing():
+            return True  # who comes after this one is told when it has left
+        if self._full:
+            self._hold(events)
+            return True
+        self._write_frames(_wire(events[0]) if len(events) == 1 else b"".join(map(_wire, events)))
+        unsent = self._transport.get_write_buffer_size()
+        if unsent > self._door._soft:
+            self._full, self._unsent, self._taken_at = True, unsent, time.monotonic()
+            self._door.watch(self)
+        return self._full
+
+    def _hold(self, events: list[Event]) -> None:
+        """Keep chunks back until the visitor has taken what it was sent; one that is too far behind is closed."""
+        held = self._held
+        for event in events:
+            if held is not None and held.to == event.to:
+                held.add(event.data)
+                continue
+            if held is not None:
+                self._write_frames(_wire(held.event()))
+            held = self._held = Held(event.data)
+        assert held is not None
+        if held.size + self._transport.get_write_buffer_size() > self._door._config.max_buffer_bytes:
+            self._fall_behind()
+
+    def catch_up(self, now: float) -> bool:
+        """Look how far the visitor is, and give it what was held back; true when it need not be looked after."""
+        unsent = self._transport.get_write_buffer_size()
+        if self._closing or self._transport.is_closing():
+            self._held = None
+            return True
+        if unsent < self._unsent:
+            self._taken_at = now
+        self._unsent = unsent
+        if unsent > self._door._soft // 2:
+            if now - self._taken_at > self._door._config.reader_stall_s:
+                self._fall_behind()
+            return False
+        self._full = False
+        if self._held is not None:
+            event, self._held = self._held.event(), None
+            self.send_chunks([event])
+        if self._full:
+            return False
+        self._door._turns.make_room(self._conversation)
+        return True
 
     def _write(self, data: bytes) -> None:
+        self._write_frames(_text_frame(data))
+
+    def _write_frames(self, data: bytes) -> None:
         """Hand *data* to the socket without waiting; a reader that is too far behind is closed, resumably.
 
         aiohttp's own send waits for the reader, and can't be left waiting, so whole frames go to the transport here.
@@ -201,10 +302,11 @@ class _Session:
         if self._transport.is_closing():
             self._closing = True
             return
-        self._transport.write(_text_frame(data))
+        self._transport.write(data)
 
     def _fall_behind(self) -> None:
         self._closing = True
+        self._held = None
         self._door._metrics.slow_readers.labels("websocket").inc()
         if self._transport.is_closing():
             self._transport.abort()
@@ -222,7 +324,7 @@ class _Session:
 
     async def drain(self) -> None:
         half = self._door._config.max_buffer_bytes // 2
-        wait_s, until = 0.005, time.monotonic() + STALL_S
+        wait_s, until = 0.005, time.monotonic() + self._door._config.reader_stall_s
         while not self._closing and self._transport.get_write_buffer_size() > half:
             if time.monotonic() > until:
                 self._fall_behind()
@@ -260,8 +362,11 @@ class _Session:
         if frame.type == "ping":
             self._write(PONG)
             return
+        if frame.type == "cancel":
+            self._cancel(frame.to)
+            return
         if frame.type != "message":
-            raise DoorError("bad_message", f"type is {frame.type!r}; it may be message or ping - at `$.type`")
+            raise DoorError("bad_message", f"type is {frame.type!r}; it may be message, cancel or ping - at `$.type`")
         try:
             new = to_message(frame, self._conversation, self._door._config.max_text_bytes)
             if self._visitor is not None:
@@ -272,10 +377,34 @@ class _Session:
                 )  # fmt: skip
             self._door._access.check_rate(new.sender.id or self._remote)
             self._door._intake.accept_nowait(new, partial(self._accepted, frame.id), door="websocket")
+            if frame.id is not None:
+                if self._unaccepted is None:
+                    self._unaccepted = {}
+                self._unaccepted[frame.id] = False
         except DoorError as exc:
             self.refuse(exc, frame.id)
 
+    def _cancel(self, message: str | None) -> None:
+        if message is None:
+            raise DoorError("bad_message", "cancel names a message - at `$.to`")
+        try:
+            if self._visitor is not None:
+                self._door._access.check_expiry(self._visitor)
+            if self._door._turns.cancel(self._conversation, message):
+                return
+            if self._unaccepted is None or message not in self._unaccepted:
+                raise DoorError("not_found", "no turn of that message is under way")
+            self._unaccepted[message] = True
+        except DoorError as exc:
+            self.refuse(exc, message)
+
     def _accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
+        cancelled = given is not None and self._unaccepted is not None and self._unaccepted.pop(given, False)
+        self._tell_accepted(given, outcome)
+        if cancelled and isinstance(outcome, Accepted):
+            self._cancel(outcome.id)
+
+    def _tell_accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
         if isinstance(outcome, BaseException):
             self.refuse(self._door._wire.as_door_error(outcome, "websocket"), given)
             return

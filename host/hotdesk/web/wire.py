@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from hotdesk_sdk import Attachment, Sender
 
+from ..chat.images import MAX_ATTACHMENTS
 from ..chat.intake import NewMessage
 from ..errors import BackendUnavailable, DoorError, UnknownPlugin
 from ..logs import Logger
@@ -44,7 +45,7 @@ class MessageBody(msgspec.Struct, frozen=True):
     text: str
     id: Id | None = None
     sender: SenderBody = SenderBody()
-    attachments: Annotated[tuple[Attachment, ...], Meta(max_length=10)] = ()
+    attachments: Annotated[tuple[Attachment, ...], Meta(max_length=MAX_ATTACHMENTS)] = ()
     metadata: dict[str, Any] = {}
     locale: Annotated[str, Meta(max_length=35)] | None = None
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from .messages import Json, Message, Reply
+
+if TYPE_CHECKING:
+    from .llm import Llm
 
 __all__ = [
     "CallNext",
@@ -44,6 +47,9 @@ class Conversation(Protocol):
     tags: list[str]
     state: dict[str, Json]
     """Lives as long as the conversation; JSON-able. Shared by all plugins: prefix your keys."""
+
+    def hand_over(self, reason: str = "") -> None:
+        """Ask for a human: the tag `handoff`, the *reason* in `state["handoff"]`, and `on_assigned` after the turn."""
 
     def close(self) -> None:
         """End it with this turn: state, tags and assignee go. Its record stays; a new message opens it again."""
@@ -170,7 +176,9 @@ class Ctx(Protocol):
     @property
     def kv(self) -> Kv: ...
     @property
-    def llm(self) -> Any: ...
+    def llm(self) -> Llm:
+        """The language models that the operator has set. Needs the capability `llm`."""
+
     @property
     def http(self) -> Http: ...
 

@@ -89,7 +89,7 @@ class Hooks:
 
     @hookspec
     async def on_assigned(self, ctx: Ctx, conversation: Conversation) -> None:
-        """A turn changed `conversation.assignee`."""
+        """A turn changed `conversation.assignee`, or asked for a human (the tag `handoff`, `assignee` still None)."""
 
 
 HOOKS: tuple[str, ...] = tuple(name for name in vars(Hooks) if not name.startswith("_"))

@@ -38,7 +38,7 @@ class Completion(msgspec.Struct, frozen=True):
     tool_calls: tuple[ToolCall, ...] = ()
 
 
-class LlmStream(AsyncIterator[str], Protocol):
+class LlmStream(Protocol):
     """An answer as it comes. `usage`, `finish` and `tool_calls` are complete when it has ended.
 
     Nothing is sent before the first text is pulled. `respond` may return one as it is; who stops pulling on
@@ -51,6 +51,8 @@ class LlmStream(AsyncIterator[str], Protocol):
 
     @property
     def model(self) -> str: ...
+    def __aiter__(self) -> AsyncIterator[str]: ...
+    async def __anext__(self) -> str: ...
     async def aclose(self) -> None: ...
 
 

@@ -34,12 +34,22 @@ class Sender(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Attachment(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Something sent along: an image by `url`, or by `data` (base64). Exactly one of the two is set."""
+    """Something sent along: an image by `url`, or by `data` (base64). Exactly one of the two is set.
+
+    A message that was accepted has no `data` any more: what was uploaded is kept by the host, `url` is where it is
+    read, and `mime` and the rest say what its bytes are (`width` and `height` in pixels, `bytes` how many, `hash`
+    their SHA-256). An image by a URL of the visitor's is not looked at before somebody needs it: only `url`, and a
+    `mime` that is a claim, are set.
+    """
 
     type: Literal["image"]
     url: str | None = None
     data: str | None = None
     mime: str | None = None
+    hash: str | None = None
+    width: int | None = None
+    height: int | None = None
+    bytes: int | None = None
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="type", tag="message"):

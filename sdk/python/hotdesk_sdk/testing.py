@@ -10,14 +10,14 @@ Needs the package `hotdesk` installed: it is found by its entry point, not impor
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
 from .context import StoredReply
-from .messages import Intake, Message
+from .messages import Attachment, Intake, Message
 
 __all__ = ["Desk", "Said"]
 
@@ -51,11 +51,13 @@ class Desk(Protocol):
         config: Mapping[str, Any] | None = None,
         configs: Mapping[str, Mapping[str, Any]] | None = None,
         grant: Mapping[str, tuple[str, ...]] | None = None,
+        llm: str | Mapping[str, Any] | None = None,
     ) -> AbstractAsyncContextManager[Desk]:
         """A desk with the plugins at *paths* (a file, or a folder), relative to the working folder or to the test.
 
         *config* goes over the first plugin's `[config]`, *configs* over each by name. *grant* is what each
-        plugin is granted; by default all that it asks for. Raises the load's error when one does not load.
+        plugin is granted; by default all that it asks for. *llm* is the URL of a model server, or what `[llm]` would
+        say. Raises the load's error when one does not load.
         """
         if not paths:
             raise TypeError("with_plugin: name at least one plugin's file or folder")
@@ -65,7 +67,7 @@ class Desk(Protocol):
         if config is not None:
             first = found[0]
             configs[first.name if first.is_dir() else first.stem] = config
-        return _factory()(found, configs, grant)  # type: ignore[no-any-return]
+        return _factory()(found, configs, grant, llm)  # type: ignore[no-any-return]
 
     async def say(
         self,
@@ -75,6 +77,7 @@ class Desk(Protocol):
         id: str | None = None,
         sender: str = "",
         metadata: dict[str, Any] | None = None,
+        attachments: Sequence[Attachment] = (),
         timeout: float = 10.0,
     ) -> Said:
         """Send a message and wait for its turn's end."""

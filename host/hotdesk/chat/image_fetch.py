@@ -1,0 +1,211 @@
+"""Fetches the image that a visitor's URL names, and lets nobody look into the network that the host stands in.
+
+The address that is connected to is the one that is checked, at the moment the socket is made: between a look-up and
+a connection a name can change what it means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from typing import Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+from yarl import URL
+
+from ..errors import ImageUnusable
+
+__all__ = ["FETCH_S", "Fetcher", "check_image_url", "is_public"]
+
+MAX_URL = 2048
+MAX_REDIRECTS = 3
+FETCH_S = 10.0
+
+AT_ONCE = 16
+"""Fetches at the same time; the others wait, and the wait is not counted against them."""
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_INSIDE = tuple(
+    ipaddress.ip_network(block)
+    for block in ("192.88.99.0/24", "::/96", "64:ff9b:1::/48", "2001::/23", "3fff::/20", "5f00::/16", "fec0::/10")
+)
+"""What the standard library, depending on its age, takes for public, and is not; and ways into it: relays, tunnels,
+local translation."""
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Whether anyone on the Internet could be meant. An IPv4 address within an IPv6 one counts as itself."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.scope_id is not None:
+            return False
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is None and ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return (
+        ip.is_global
+        and not ip.is_multicast
+        and not any(ip in block for block in _INSIDE if block.version == ip.version)
+    )
+
+
+def check_image_url(text: str, hosts: frozenset[str] = frozenset()) -> URL:
+    """*text* as a URL that may be asked for. Raises `ImageUnusable`.
+
+    Says nothing of what a name resolves to. *hosts* are allowed whatever they are: `host`, or `host:port`.
+    """
+    if len(text) > MAX_URL:
+        raise ImageUnusable(f"its url is over {MAX_URL} characters")
+    if not text.isprintable() or " " in text or "\\" in text:
+        raise ImageUnusable("its url has blanks, control characters or backslashes in it")
+    try:
+        url = URL(text)
+        host, port = url.raw_host, url.port
+    except ValueError:
+        raise ImageUnusable("its url is not well-formed") from None
+    if url.scheme not in ("http", "https") or not host or port is None:
+        raise ImageUnusable("its url is neither http nor https")
+    if url.raw_user is not None or url.raw_password is not None:
+        raise ImageUnusable("its url has a name or password in it")
+    if not _is_allowed(url, hosts):
+        _check_host(host.rstrip(".").lower())
+    return url
+
+
+def _is_allowed(url: URL, hosts: frozenset[str]) -> bool:
+    host = (url.raw_host or "").rstrip(".").lower()
+    bracketed = f"[{host}]" if ":" in host else host
+    return host in hosts or bracketed in hosts or f"{bracketed}:{url.port}" in hosts
+
+
+def _check_host(host: str) -> None:
+    last = host.rpartition(".")[2]
+    if "%" in host or not host:
+        raise ImageUnusable("its url is not well-formed")
+    if host == "localhost" or host.endswith(".localhost"):
+        raise ImageUnusable("its url points inside this network")
+    is_address = ":" in host or last.isdigit() or last.startswith("0x")  # or what some resolvers take for one
+    if is_address and not is_public(host):
+        raise ImageUnusable("its url points inside this network")
+
+
+class Fetcher:
+    """Reads images from the web: http and https, few redirects, no cookies, no proxy, nobody's credentials.
+
+    *hosts* may be fetched from though they are inside. *resolver* turns names into addresses; the system's if None.
+    A fetch takes *seconds* at the most, redirects and all.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        hosts: frozenset[str],
+        *,
+        resolver: AbstractResolver | None = None,
+        seconds: float = FETCH_S,
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._hosts = hosts
+        self._resolver = resolver
+        self._seconds = seconds
+        self._room = asyncio.Semaphore(AT_ONCE)
+
+    async def fetch(self, url: str) -> bytes:
+        """What *url* gives, unchecked. Raises `ImageUnusable`."""
+        async with self._room:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    return await self._follow(check_image_url(url, self._hosts))
+            except TimeoutError:
+                raise ImageUnusable(f"its server took over {self._seconds:g} seconds") from None
+            except (aiohttp.ClientError, OSError, ValueError) as exc:
+                if any(isinstance(cause, _Inside) for cause in _causes(exc)):
+                    raise ImageUnusable("its url points inside this network") from None
+                raise ImageUnusable("its server can't be reached, or breaks off") from exc
+
+    async def _follow(self, url: URL) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            found = await self._get(url)
+            if isinstance(found, bytes):
+                return found
+            try:
+                target = url.join(URL(found))
+            except ValueError:
+                raise ImageUnusable("its server redirects to what is no url") from None
+            url = check_image_url(str(target), self._hosts)
+        raise ImageUnusable(f"its server redirects more than {MAX_REDIRECTS} times")
+
+    async def _get(self, url: URL) -> bytes | str:
+        """The body, or where to go instead."""
+        connector = aiohttp.TCPConnector(
+            resolver=self._resolver or aiohttp.ThreadedResolver(),
+            use_dns_cache=False,
+            force_close=True,
+            socket_factory=_any_socket if _is_allowed(url, self._hosts) else _public_socket,
+        )
+        async with (
+            aiohttp.ClientSession(
+                connector=connector,
+                connector_owner=True,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trust_env=False,
+                timeout=aiohttp.ClientTimeout(total=None),
+                headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "hotdesk"},
+            ) as session,
+            session.get(url, allow_redirects=False) as response,
+        ):
+            if response.status in _REDIRECTS and "Location" in response.headers:
+                return response.headers["Location"]
+            if response.status != 200:
+                raise ImageUnusable(f"its server answers {response.status}")
+            return await self._read(response)
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        parts, size = [], 0
+        async for part in response.content.iter_any():
+            size += len(part)
+            if size > self._max_bytes:
+                raise ImageUnusable(f"it is over {self._max_bytes} bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+
+class _Inside(OSError):
+    """A connection to an address that is not public."""
+
+
+def _any_socket(info: Any) -> socket.socket:
+    return socket.socket(info[0], info[1], info[2])
+
+
+def _public_socket(info: Any) -> socket.socket:
+    """A socket for this address, the very one that is connected to next. Raises `OSError` unless it is public."""
+    address = info[4]
+    if not is_public(address[0]) or (len(address) > 3 and address[3]):
+        raise _Inside("not a public address")
+    return _any_socket(info)
+
+
+def _causes(exc: BaseException | None) -> list[BaseException]:
+    """An error and all that led to it."""
+    found: list[BaseException] = []
+    waiting = [exc]
+    while waiting:
+        current = waiting.pop()
+        if current is None or current in found or len(found) > 32:
+            continue
+        found.append(current)
+        waiting += [current.__cause__, current.__context__, getattr(current, "os_error", None)]
+        if isinstance(current, BaseExceptionGroup):
+            waiting += current.exceptions
+    return found
