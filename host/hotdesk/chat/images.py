@@ -37,7 +37,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 MAX_ATTACHMENTS = 8
-INLINE_CHARS = 96 * 1024
+INLINE_CHARS = 128 * 1024
 """Base64 of up to so many characters in a message is decoded on the loop, in some 100 µs; a thread costs as much."""
 
 MAX_CHECKING = 64 * 1024 * 1024

@@ -170,7 +170,7 @@ class TurnRun:
         self.refused: CallFailed | None = None
         self.abandoned = False
         self.task: asyncio.Task[None] | None = None
-        """Who runs it; None while it waits behind another turn."""
+        """Who runs it; None before its first step."""
         self.pending: list[str] = []
         self.streaming = False
         self.opened: list[Any] | None = None

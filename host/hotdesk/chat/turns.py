@@ -146,17 +146,17 @@ class Turns:
         if turn.clock.cancelled:
             return True
         turn.clock.cancelled = True
-        if turn.task is None:
-            self._lanes[conversation].waiting.remove(turn)
-            self._spawn(self._end(turn, None, {}, CANCELLED, queued=True))
-        else:
+        if turn.task is not None:
             self._press(turn, 0)
-        return True
+        elif turn in (waiting := self._lanes[conversation].waiting):
+            waiting.remove(turn)
+            self._spawn(self._end(turn, None, {}, CANCELLED, queued=True))
+        return True  # else it is about to take its first step, and looks
 
     def leave(self, conversation: str, message_id: str | None = None) -> None:
         """Somebody who listened has gone: cancel the turn, or all of the conversation, that nobody waits for now."""
-        if self._stopping or self._outbox.listened(conversation):
-            return
+        if self._stop_by < math.inf or self._outbox.listened(conversation):
+            return  # a stop is no leave: what it does not finish runs at the next start
         lane = self._lanes.get(conversation)
         for turn in (lane.running, *lane.waiting) if lane is not None else ():
             if message_id in (None, turn.id) and not turn.watchers and not turn.waiting:
@@ -190,7 +190,7 @@ class Turns:
     def _start(self, turn: TurnRun) -> None:
         # a task of the host's, on no plugin's account; the loop is at hand, for asking costs a system call before 3.12
         task = asyncio.Task(self._run(turn), loop=self._loop, context=contextvars.Context())
-        turn.task = turn.clock.task = task
+        turn.clock.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -198,8 +198,9 @@ class Turns:
         clock = turn.clock
         clock.abandon = lambda: self._abandon(turn)
         self._calls.start(clock)
+        turn.task = clock.task
         try:
-            text, metadata, error = await self._answer(turn)
+            text, metadata, error = (None, {}, None) if clock.cancelled else await self._answer(turn)
         except (asyncio.CancelledError, GeneratorExit) as exc:
             if turn.abandoned:
                 return

@@ -41,7 +41,7 @@ class _Delta(msgspec.Struct, frozen=True):
 
 class _Choice(msgspec.Struct, frozen=True):
     delta: _Delta | None = None
-    index: int = 0
+    index: int | None = None
     finish_reason: str | None = None
 
 
@@ -116,8 +116,10 @@ class EventParser:
             if line.startswith(b"data:"):
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif not line and data:
-                found.append(data[0] if len(data) == 1 else b"\n".join(data))
+                event = data[0] if len(data) == 1 else b"\n".join(data)
+                if event:  # one without data is no event, by the same interpretation
+                    found.append(event)
                 data.clear()
-        if len(data) > 1 and sum(map(len, data)) > MAX_EVENT_BYTES:
+        if len(data) > 1 and sum(map(len, data)) + len(data) > MAX_EVENT_BYTES:
             raise ValueError(f"an event is over {MAX_EVENT_BYTES} bytes")
         return found

@@ -22,6 +22,9 @@ __all__ = ["Official", "Template"]
 
 NO_KEY = "no key is set"
 
+MIN_SECRET_CHARS = 6
+"""What is shorter is a word like any other, and no key."""
+
 
 @dataclass(frozen=True, slots=True)
 class Template:
@@ -59,6 +62,7 @@ class Official:
                 api_key=settings.api_key or NO_KEY,
                 default_headers=settings.headers or None,
                 max_retries=0,
+                timeout=settings.total_s,
                 http_client=http,
             )
         else:
@@ -80,7 +84,7 @@ class Official:
         assert request is not None
         skipped = {"content-length", "host", "connection"}
         if not self._settings.api_key:
-            skipped |= {"authorization", "api-key"}
+            skipped |= {"authorization", "api-key"} - {name.lower() for name in self._settings.headers}
         headers = tuple((name, value) for name, value in request.headers.multi_items() if name.lower() not in skipped)
         return Template(str(request.url), headers)
 
@@ -93,20 +97,20 @@ class Official:
         except openai.APIStatusError as exc:
             return self._as_ours(exc, status, headers)
         except openai.OpenAIError as exc:
-            return LlmUnavailable(self._name, self._hidden(str(exc)))
+            return LlmUnavailable(self._name, self.hide(str(exc)))
         return LlmUnavailable(self._name, f"answered with status {status}")
 
     def _as_ours(self, exc: openai.APIStatusError, status: int, headers: Mapping[str, str]) -> LlmError:
-        reason = self._hidden(exc.message)
+        reason = self.hide(exc.message)
         if isinstance(exc, openai.RateLimitError | openai.InternalServerError | openai.ConflictError) or status == 408:
             return LlmUnavailable(self._name, reason, retry_after_s=retry_after(headers))
         return LlmRefused(self._name, reason, status=status)
 
-    def _hidden(self, text: str) -> str:
-        """*text* without the key, whoever put it there, and not endless."""
-        key = self._settings.api_key
-        if key:
-            text = text.replace(key, "…")
+    def hide(self, text: str) -> str:
+        """*text* without the key and what the headers say, whoever put them there, and not endless."""
+        for secret in (self._settings.api_key, *self._settings.headers.values()):
+            if len(secret) >= MIN_SECRET_CHARS:
+                text = text.replace(secret, "…")
         return text if len(text) <= 500 else text[:500] + "…"
 
     async def aclose(self) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from hotdesk_sdk import LlmError, LlmTimeout, LlmUnavailable
+from hotdesk_sdk import LlmError, LlmRefused, LlmTimeout, LlmUnavailable
 
 from .model import Model
-from .retry import MAX_RETRY_AFTER_S, may_retry
+from .retry import MAX_RETRY_AFTER_S, may_retry, retry_after
 
 __all__ = ["Asked", "Failed", "Plan", "post"]
 
@@ -23,6 +23,9 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
 
 MAX_ERROR_BYTES = 64 * 1024
 """How much of an error answer is read."""
+
+NOBODYS = frozenset({401, 403, 404})
+"""The refusals that every request to that model gets. All others are about one request, and say nothing of the next."""
 
 TRANSIENT = (aiohttp.ClientError, OSError, EOFError)
 
@@ -62,11 +65,12 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 class Failed(Exception):
-    """A try that failed: the error, and whether the same model may be asked again."""
+    """A try that failed: the error, whether the same model may be asked again, and when, if the provider said so."""
 
-    def __init__(self, error: LlmError, *, retry: bool) -> None:
+    def __init__(self, error: LlmError, *, retry: bool, wait_s: float | None = None) -> None:
         self.error = error
         self.retry = retry
+        self.wait_s = wait_s
         super().__init__(str(error))
 
 
@@ -107,9 +111,10 @@ class Plan:
     async def after(self, failed: Failed) -> None:
         """Wait until the next try may begin. Raises the error when that was the last."""
         model, error = self.model, failed.error
-        model.failed(monotonic())
+        if not (isinstance(error, LlmRefused) and error.status not in NOBODYS):
+            model.failed(monotonic())
         if failed.retry and self._tries < model.settings.retries:
-            wait = self._wait(error)
+            wait = self._wait(failed.wait_s)
             # a provider that wants a long pause is waited for only when nobody else can answer
             if monotonic() + wait < self.total_by and (wait <= MAX_BACKOFF_S or self._is_last):
                 self._tries += 1
@@ -121,17 +126,18 @@ class Plan:
         self._fall_back()
         self._skip_resting()
 
-    def _wait(self, error: LlmError) -> float:
-        wish = error.retry_after_s if isinstance(error, LlmUnavailable) else None
+    def _wait(self, wish: float | None) -> float:
         if wish is not None and 0 < wish <= MAX_RETRY_AFTER_S:
             return wish
         return min(FIRST_BACKOFF_S * 2.0**self._tries, MAX_BACKOFF_S) * (1 - 0.25 * random.random())
 
 
-async def post(model: Model, body: bytes, by: float, seconds: float) -> aiohttp.ClientResponse:
+async def post(
+    model: Model, body: bytes, by: float, seconds: float, phase: str = "first token"
+) -> aiohttp.ClientResponse:
     """Send *body* and return the answer once its status says that it is one. Raises `Failed`.
 
-    *by* is when that has to be, *seconds* how long it is in words.
+    *by* is when that has to be, *seconds* and *phase* say in words which clock that is.
     """
     try:
         async with asyncio.timeout(by - monotonic()) as clock:
@@ -140,7 +146,7 @@ async def post(model: Model, body: bytes, by: float, seconds: float) -> aiohttp.
             )
     except TimeoutError:
         if clock.expired():
-            raise Failed(LlmTimeout(model.name, "first token", seconds), retry=False) from None
+            raise Failed(LlmTimeout(model.name, phase, seconds), retry=False) from None
         raise Failed(LlmTimeout(model.name, "connect", model.settings.connect_s), retry=True) from None
     except TRANSIENT as exc:
         raise Failed(LlmUnavailable(model.name, model.in_words(exc)), retry=True) from None
@@ -155,7 +161,8 @@ async def post(model: Model, body: bytes, by: float, seconds: float) -> aiohttp.
 async def _refused(model: Model, response: aiohttp.ClientResponse, by: float) -> Failed:
     status = response.status
     if status < 400:
-        reason = f"answered with status {status}; look at base_url, which is {model.settings.base_url or 'the default'}"
+        asked = model.url.with_user(None).with_query(None)  # neither is for a log
+        reason = f"answered with status {status}; look at base_url: {asked} was asked"
         return Failed(LlmUnavailable(model.name, reason), retry=False)
     text = b""
     try:
@@ -165,4 +172,4 @@ async def _refused(model: Model, response: aiohttp.ClientResponse, by: float) ->
     except (TimeoutError, *TRANSIENT):
         pass  # what it said so far has to do
     error = await model.official.error(status, response.headers, text[:MAX_ERROR_BYTES])
-    return Failed(error, retry=may_retry(status, response.headers))
+    return Failed(error, retry=may_retry(status, response.headers), wait_s=retry_after(response.headers))

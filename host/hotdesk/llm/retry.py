@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -35,7 +36,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
                 seconds = float(value) / divisor
             except ValueError:
                 continue
-            return seconds if seconds == seconds else None
+            if math.isfinite(seconds):
+                return seconds
+            # digits without end are a wait that nobody keeps; "inf" and "nan" are no wait at all
+            return MAX_RETRY_AFTER_S + 1 if seconds > 0 and any(map(str.isdigit, value)) else None
     return _until_date(headers.get("retry-after"))
 
 
