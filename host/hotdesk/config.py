@@ -329,5 +329,8 @@ def _check_together(config: Config) -> None:
         raise ConfigError("backend", config.backend, "start", "write sqlite:///path (three slashes, four if absolute)")
     if config.workers != 1:
         raise ConfigError("workers", config.workers, "start", "the sqlite backend serves from one process; use 1")
+    for host in config.image_hosts:
+        if not host or "/" in host or "*" in host or "@" in host or host != host.strip():
+            raise ConfigError("image_hosts", host, "start", "write a host, or host:port, without http://")
     if config.visitor_secret and len(config.visitor_secret) < 32:
         raise ConfigError("visitor_secret", "…", "start", "it must have at least 32 characters")

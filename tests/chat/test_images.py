@@ -28,7 +28,8 @@ from hotdesk.chat.image_fetch import check_image_url, is_public
 from hotdesk.chat.images import Images, LoadedImage, described
 from hotdesk.chat.intake import Accepted, NewMessage
 from hotdesk.chat.turns import new_id
-from hotdesk.errors import DoorError, ImageUnusable
+from hotdesk.config import load_config
+from hotdesk.errors import ConfigError, DoorError, ImageUnusable
 from hotdesk.metrics import Metrics
 from hotdesk_sdk import Attachment, Message
 from pictures import FORMATS, chunk, encoded, noise, picture, png
@@ -671,6 +672,30 @@ async def test_messages_with_images_count_as_turns_under_way(start_desk: StartDe
     assert [accepted.seq for accepted in await asyncio.gather(*waiting)] == [1, 1, 1]
     await wait_until(lambda: not desk.host.turns.live, "their turns ended")
     assert (await intake.accept(NewMessage("d", "hello"), door="test")).seq == 1
+
+
+async def test_what_is_held_while_it_is_checked_is_bounded(start_desk: StartDesk) -> None:
+    """Beyond 64 MiB of uploads that are being checked, the next is `overloaded`; afterwards there is room again."""
+    desk = await start_desk(max_image_bytes=6 * 1024 * 1024)
+    intake, big = desk.host.intake, Attachment("image", data="A" * (7 * 1024 * 1024))
+    waiting = [intake.accept(NewMessage(f"c{n}", "", attachments=(big,)), door="test") for n in range(9)]
+    with pytest.raises(DoorError) as raised:
+        intake.accept(NewMessage("d", "", attachments=(big,)), door="test")
+    assert raised.value.code == "overloaded"
+    assert (await intake.accept(NewMessage("d", "", attachments=(upload(noise(9)),)), door="test")).seq == 1
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {getattr(outcome, "code", outcome) for outcome in outcomes} == {"bad_attachment"}
+    with pytest.raises(DoorError) as raised:
+        await intake.accept(NewMessage("d", "", attachments=(big,)), door="test")
+    assert raised.value.code == "bad_attachment"
+
+
+@pytest.mark.parametrize("wrong", ["http://cdn.example", "*.example", "user@cdn.example", "cdn.example/images", ""])
+def test_an_image_host_is_a_host(wrong: str, tmp_path: Path) -> None:
+    """A setting that would match nothing stops the start."""
+    (tmp_path / "hotdesk.toml").write_text(f'image_hosts = ["{wrong}"]\n')
+    with pytest.raises(ConfigError, match="image_hosts"):
+        load_config({}, {}, file=str(tmp_path / "hotdesk.toml"))
 
 
 async def test_a_stop_refuses_messages_whose_images_are_not_kept(start_desk: StartDesk) -> None:

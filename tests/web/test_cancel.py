@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -270,35 +271,64 @@ async def test_by_default_a_turn_runs_to_its_end(start_desk: StartDesk, door: st
     assert (await desk.record())[1]["text"] == "one two whole"
 
 
-async def test_the_last_to_leave_cancels(start_desk: StartDesk) -> None:
-    """While a reader, a stream or a wait is left the turn goes on; when the last has gone it is cancelled."""
+@pytest.mark.parametrize("last", ["stream", "wait", "repeat", "websocket", "events"])
+async def test_the_last_to_leave_cancels(start_desk: StartDesk, last: str) -> None:
+    """While a reader, a stream or a wait is left, whichever, the turn goes on; with the last it ends."""
     desk = await start_desk({"a.py": STREAM}, on_leave="cancel")
-    async with (
-        raw_stream(desk.url) as (_, wait),
-        raw_stream(desk.url) as (_, stream),
-        raw_socket(desk.url, "conversation=c") as socket,
-        raw_stream(desk.url) as (_, repeat),
-    ):
-        stream.write(post_bytes("say", Accept="text/event-stream"))
-        await wait_until(lambda: "said" in notes(desk), "the bot is asked")
-        wait.write(post_bytes("say", "?wait=30"))
-        repeat.write(post_bytes("say", "?wait=30"))
+    streams = desk.host.metrics.connections.labels("sse")._value
+    async with contextlib.AsyncExitStack() as stack:
+        socket = await stack.enter_async_context(raw_socket(desk.url, "conversation=c"))
+        leave = {"websocket": socket.writer.close}
+        for name, data in {
+            "events": request_bytes("GET", "/v1/conversations/c/events"),
+            "stream": post_bytes("say", Accept="text/event-stream"),
+            "wait": post_bytes("say", "?wait=30"),
+            "repeat": post_bytes("say", "?wait=30"),
+        }.items():
+            _, writer = await stack.enter_async_context(raw_stream(desk.url))
+            writer.write(data)
+            leave[name] = writer.close
+            if name == "stream":
+                await wait_until(lambda: "said" in notes(desk), "the bot is asked")
         turn = desk.host.turns.find("c", "m")
         assert turn is not None
-        await wait_until(lambda: turn.waiting == 2, "both wait")
-        stream.close()
-        await wait_until(lambda: not turn.watchers, "the stream's end is seen")
-        wait.close()
-        await wait_until(lambda: turn.waiting == 1, "the wait's end is seen")
-        socket.writer.close()
-        await wait_until(
-            lambda: desk.host.metrics.registry.get_sample_value("hotdesk_websockets") == 0, "the socket's end is seen"
-        )
-        assert not closed_at(desk)
-        assert not turn.ending
-        repeat.close()
+        await wait_until(lambda: turn.waiting == 2 and streams.get() == 2, "all are there")
+
+        def present() -> int:
+            sockets = desk.host.metrics.registry.get_sample_value("hotdesk_websockets") or 0
+            return turn.waiting + int(streams.get() + sockets)
+
+        left = [*(name for name in leave if name != last), last]
+        for count, name in enumerate(left[:-1], 1):
+            leave[name]()
+            await wait_until(lambda count=count: present() == 5 - count, f"{name} has left")
+            assert not turn.clock.cancelled
+        leave[last]()
         await wait_until(lambda: closed_at(desk), "the turn is cancelled")
     await cut_reply(desk, "one two ")
+
+
+@pytest.mark.parametrize("door", ["wait", "stream", "websocket"])
+async def test_who_leaves_at_once_cancels(start_desk: StartDesk, door: str) -> None:
+    """A visitor who says something and hangs up before it is accepted, or just then, is waited for by nobody."""
+    desk = await start_desk({"a.py": STREAM}, on_leave="cancel")
+    for _ in range(10):
+        taken = desk.host.metrics.messages.labels({"wait": "http", "stream": "sse"}.get(door, door))._value
+        before = taken.get()
+        if door == "websocket":
+            async with raw_socket(desk.url, "conversation=c") as socket:
+                socket.say("wait")
+                socket.writer.close()
+                await wait_until(lambda taken=taken, before=before: taken.get() > before, "it is accepted")
+        else:
+            async with raw_stream(desk.url) as (_, writer):
+                query, headers = ("?wait=30", {}) if door == "wait" else ("", {"Accept": "text/event-stream"})
+                writer.write(post_bytes("wait", query, **headers).replace(b',"id":"m"', b"         "))
+                writer.close()
+                await wait_until(lambda taken=taken, before=before: taken.get() > before, "it is accepted")
+        at = time.monotonic()
+        await wait_until(lambda: desk.host.turns.live == 0, "the turn ended")
+        assert time.monotonic() - at < 0.3
 
 
 async def test_who_never_listened_does_not_leave(start_desk: StartDesk) -> None:

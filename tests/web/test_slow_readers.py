@@ -386,6 +386,8 @@ async def test_a_reply_overtakes_the_chunks_that_were_held(start_desk: StartDesk
         assert frame["text"] == WHOLE
         assert WHOLE.startswith("".join(said))
         assert 0 < sum(map(len, said)) < len(WHOLE) * 0.9
+        await say(desk, "1 10 0", id="n")
+        assert (await next_frame(slow))["to"] == "n"  # and nothing of the old one comes after its reply
 
 
 async def test_others_get_each_chunk_in_time_beside_slow_ones(start_desk: StartDesk) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import aiohttp
-from aiohttp.abc import AbstractResolver
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from ..errors import ImageUnusable
@@ -23,7 +24,7 @@ MAX_URL = 2048
 MAX_REDIRECTS = 3
 FETCH_S = 10.0
 
-AT_ONCE = 16
+AT_ONCE = 32
 """Fetches at the same time; the others wait, and the wait is not counted against them."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -124,9 +125,13 @@ class Fetcher:
     ) -> None:
         self._max_bytes = max_bytes
         self._hosts = hosts
-        self._resolver = resolver
+        self._resolver = resolver or _Names()
         self._seconds = seconds
         self._room = asyncio.Semaphore(AT_ONCE)
+
+    async def aclose(self) -> None:
+        """Nothing is fetched any more. A look-up that hangs is not waited for."""
+        await self._resolver.close()
 
     async def fetch(self, url: str) -> bytes:
         """What *url* gives, unchecked. Raises `ImageUnusable`."""
@@ -156,7 +161,7 @@ class Fetcher:
     async def _get(self, url: URL) -> bytes | str:
         """The body, or where to go instead."""
         connector = aiohttp.TCPConnector(
-            resolver=self._resolver or aiohttp.ThreadedResolver(),
+            resolver=self._resolver,
             use_dns_cache=False,
             force_close=True,
             socket_factory=_any_socket if _is_allowed(url, self._hosts) else _public_socket,
@@ -187,6 +192,36 @@ class Fetcher:
                 raise ImageUnusable(f"it is over {self._max_bytes} bytes")
             parts.append(part)
         return b"".join(parts)
+
+
+class _Names(AbstractResolver):
+    """The system's resolver, in threads of its own: names that take long to look up, which a visitor can have as many
+    of as they like, must not keep the host from finding its language model."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(4, "hotdesk-names")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+        )
+        return [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=int(address[1]),
+                family=kind,
+                proto=proto,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for kind, _, proto, _, address in found
+            if not (len(address) > 3 and address[3])  # link-local: never public
+        ]
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _Inside(OSError):

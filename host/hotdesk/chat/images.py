@@ -135,6 +135,7 @@ class Images:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        await self._fetcher.aclose()
         await asyncio.to_thread(self._threads.shutdown)
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:

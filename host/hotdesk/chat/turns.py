@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ import msgspec
 from hotdesk_sdk import Message, Reply
 
 from ..backend import Backend, ConversationRecord, StoredReply, TurnEnd
-from ..errors import BackendUnavailable, CallFailed, TurnAborted, describe
+from ..errors import BackendUnavailable, TurnAborted, describe
 from ..logs import Logger
 from ..metrics import Metrics
 from ..runtime.active import Active, Snapshot
@@ -30,10 +30,8 @@ from ..runtime.guards import host_task
 from .background import Background
 from .outbox import Event, Outbox
 from .recent import Recent
+from .streaming import Outcome, Streams, close_all, settle
 from .turn import Ended, TurnRun, as_text
-
-Outcome = tuple[str | None, dict[str, Any], tuple[str, str] | None]
-"""How a turn's onion ended: the reply's text, its metadata, the error."""
 
 __all__ = ["Turns", "new_id"]
 
@@ -100,6 +98,7 @@ class Turns:
         self._metrics = metrics
         self._log = log
         self._max_reply_chars = max_reply_chars
+        self._streams = Streams(outbox, log, max_reply_chars)
         self._log_turns = log_turns
         self._log_text = log_text
         self._lanes: dict[str, _Lane] = {}
@@ -215,7 +214,7 @@ class Turns:
             return
         if clock.cancelled:
             text, metadata, error = self._cut_short(turn)
-            await _settle()
+            await settle()
         await self._end(turn, text, metadata, error)
 
     def _failed(self, turn: TurnRun, **why: Any) -> Outcome:
@@ -228,7 +227,8 @@ class Turns:
         """The end of a cancelled turn."""
         if not turn.said or turn.streamed is None:
             return None, {}, CANCELLED
-        return "".join(turn.said), {**turn.streamed.metadata, "cut": True, "cancelled": True}, CANCELLED
+        own = turn.streamed.metadata if isinstance(turn.streamed.metadata, dict) else {}
+        return "".join(turn.said), {**own, "cut": True, "cancelled": True}, CANCELLED
 
     async def _answer(self, turn: TurnRun) -> Outcome:
         """Run the onion, again if it was rolled back meanwhile."""
@@ -240,9 +240,10 @@ class Turns:
                     outcome = await self._run_onion(turn, snapshot)
                 finally:
                     if turn.opened is not None:
-                        await _close_all(turn)
+                        await close_all(turn)
             finally:
                 self._active.release(snapshot)
+                del turn.snapshot
             if turn.rerun is None or turn.shown or turn.clock.cancelled or reruns == MAX_RERUNS:
                 return outcome
             # shielded: the rollback is for all turns, and goes on when this one is given up
@@ -264,83 +265,11 @@ class Turns:
         if reply is None:
             return None, {}, turn.unanswered
         if reply.chunks is not None:
-            return await self._stream(turn, reply)
+            return await self._streams.run(turn, reply)
         if len(reply.text) > self._max_reply_chars:
             self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
             return None, {}, ("turn_refused", f"the reply is over {self._max_reply_chars} characters")
         return reply.text, reply.metadata, None
-
-    async def _stream(self, turn: TurnRun, reply: Reply) -> Outcome:
-        """Pull the reply's chunks, as many at a time as there are, and tell them to whoever listens."""
-        turn.streamed, turn.said = reply, []
-        chunks: Any = reply.chunks
-        next_batch = chunks.next_batch if hasattr(chunks, "next_batch") else _Singly(chunks).next_batch
-        said, limit = turn.said, self._max_reply_chars
-        size, error = 0, None
-        try:
-            while texts := await next_batch():
-                if turn.abandoned:
-                    break
-                for number, text in enumerate(texts):
-                    size += len(text)
-                    if size > limit:
-                        error = ("stream_cut", f"the reply is over {limit} characters")
-                        self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
-                        texts = texts[:number]
-                        break
-                said += texts
-                if texts and self._tell_chunks(turn, texts):
-                    await self._wait_room(turn)
-                if error is not None:
-                    break
-        except (CallFailed, TurnAborted) as exc:
-            error = ("stream_cut", exc.public if isinstance(exc, CallFailed) else "the stream was aborted")
-        metadata = reply.metadata
-        if error is not None:
-            metadata = {**metadata, "cut": True}
-        return ("".join(said) if said else None), metadata, error
-
-    def _tell_chunks(self, turn: TurnRun, texts: list[str]) -> bool:
-        """Tell everyone who listens; true when there are such, and none of them can take more."""
-        conversation, shown = turn.message.conversation, turn.shown
-        turn.shown = shown + len(texts)
-        watchers, listened = turn.watchers, self._outbox.listened(conversation)
-        if not watchers and not listened:
-            return False
-        to = turn.message.id
-        events = [Event.chunk(to, index, text) for index, text in enumerate(texts, shown)]
-        full = True
-        for watcher in tuple(watchers) if watchers else ():
-            for event in events:
-                try:
-                    taken = watcher(event)
-                except Exception as exc:  # as in the outbox: a door's fault is not the turn's
-                    taken = None
-                    self._log.error("watcher_failed", conversation=conversation, exc_info=exc)
-            full = full and bool(taken)
-        if listened:
-            full = self._outbox.tell_chunks(conversation, events) and full
-        return full
-
-    async def _wait_room(self, turn: TurnRun) -> None:
-        """Stand still until somebody who listens can take more, or nobody does any longer.
-
-        Nothing is pulled meanwhile, so what the stream comes from fills up and stands still too.
-        """
-        turn.room = self._loop.create_future()
-        try:
-            await turn.room
-        finally:
-            turn.room = None
-
-    def _tell(self, turn: TurnRun, event: Event) -> None:
-        if turn.watchers is not None:
-            for watcher in tuple(turn.watchers):
-                try:
-                    watcher(event)
-                except Exception as exc:  # as in the outbox: a door's fault is not the turn's
-                    self._log.error("watcher_failed", conversation=turn.message.conversation, exc_info=exc)
-        self._outbox.tell(turn.message.conversation, event)
 
     async def _end(
         self,
@@ -425,13 +354,13 @@ class Turns:
         heard = turn.watchers or self._outbox.listened(turn.message.conversation)
         for reply in stored:
             if heard:
-                self._tell(turn, Event.of(reply))
+                self._streams.tell(turn, Event.of(reply))
             self._recent.note(reply)
             self.background.observe("on_reply", reply)
             if end.deliver:
                 self.background.deliver(reply, turn.record)
         if error is not None:
-            self._tell(turn, Event.error(turn.id, *error))
+            self._streams.tell(turn, Event.error(turn.id, *error))
         if end.changed is not None:
             if end.closed:
                 self.background.observe_conversation("on_conversation_closed", end.changed)
@@ -514,42 +443,3 @@ class Turns:
             for waiter in turn.waiters or ():
                 waiter.cancel()
         return left
-
-
-class _Singly:
-    """Chunks one at a time, in the shape of batches."""
-
-    __slots__ = ("_next",)
-
-    def __init__(self, chunks: AsyncIterator[str]) -> None:
-        self._next = aiter(chunks).__anext__
-
-    async def next_batch(self) -> list[str]:
-        try:
-            return [await self._next()]
-        except StopAsyncIteration:
-            return []
-
-
-async def _close_all(turn: TurnRun) -> None:
-    """Close the streams that the onion began, outermost first, whatever became of them."""
-    while turn.opened:
-        try:
-            await turn.opened.pop().aclose()
-        except asyncio.CancelledError:
-            if not turn.clock.cancelled:
-                raise
-        except RuntimeError:
-            pass  # a plugin pulls it still, in a task of its own; it ends with that
-
-
-async def _settle() -> None:
-    """What is left of a cancellation must not hit what comes after the plugins: the end of the turn."""
-    task = asyncio.current_task()
-    assert task is not None
-    try:
-        await asyncio.sleep(0)  # one that was asked for from within this task arrives here
-    except asyncio.CancelledError:
-        pass
-    while task.cancelling():
-        task.uncancel()

@@ -101,7 +101,7 @@ class Model:
         except BaseException as exc:
             if place.done() and not place.cancelled():
                 self.leave()  # it came just as the wait was given up
-            else:
+            elif place in self._waiting:  # `leave` may have passed over it meanwhile
                 self._waiting.remove(place)
             if isinstance(exc, TimeoutError):
                 raise LlmTimeout(self.name, "queue", seconds) from None

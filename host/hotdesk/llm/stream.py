@@ -26,6 +26,8 @@ END_S = 1.0
 
 BROKE_OFF = "the language model broke off"
 
+HUNG_UP = "it was hung up on"
+
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 MAX_TOOL_CALLS = 128
 
@@ -85,7 +87,7 @@ class LlmStream:
         self._parser: EventParser | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._by = INFINITE
-        self._left_at = 0.0
+        self._left_at = self._plan.started
         self._progress = False
         self._shown = False
         self._ended = False
@@ -118,8 +120,7 @@ class LlmStream:
         clock = self._clock
         if clock is not None:
             clock.rest()
-        if self._left_at:
-            self._plan.total_by += monotonic() - self._left_at
+        self._plan.total_by += monotonic() - self._left_at
         try:
             if not self._shown:
                 return await self._first()
@@ -170,10 +171,13 @@ class LlmStream:
                 if self._failed is not None and not texts:
                     raise self._failed
             except Failed as failed:
+                if self._ended:
+                    raise
                 self._hang_up("failed")
                 self.finish, self.usage, self.tool_calls, self._failed = "", None, [], None
-                self._ended = False
                 await plan.after(failed)
+                if self._ended:  # hung up on while it waited
+                    raise
                 continue
             if texts:
                 self._shown = True
@@ -189,8 +193,15 @@ class LlmStream:
             await model.enter(by, seconds)
         except LlmError as exc:
             raise Failed(exc, retry=False) from None
+        if self._ended:
+            model.leave()
+            raise Failed(LlmUnavailable(model.name, HUNG_UP), retry=False)
         self._model = model
-        self._response = response = await post(model, body, by, seconds)
+        response = await post(model, body, by, seconds)
+        if self._ended:
+            response.close()
+            raise Failed(LlmUnavailable(model.name, HUNG_UP), retry=False)
+        self._response = response
         kind = response.content_type
         if kind == "text/html":
             raise Failed(LlmUnavailable(model.name, "answered with a web page; look at base_url"), retry=False)
@@ -222,7 +233,7 @@ class LlmStream:
                     self._end_of_body()
                     return texts
                 for event in parser.feed(data):
-                    if event == b"[DONE]":
+                    if event.startswith(b"[DONE]"):
                         self._finish()
                         return texts
                     self._take(event, texts)
@@ -243,6 +254,10 @@ class LlmStream:
         if choices:
             choice = choices[0]
             delta = choice.delta
+            if choice.index:  # another answer to the same question; nobody is shown two
+                delta = None
+            elif choice.finish_reason:
+                self.finish = choice.finish_reason
             if delta is not None:
                 if delta.content:
                     texts.append(delta.content)
@@ -252,12 +267,10 @@ class LlmStream:
                     self._take_calls(delta.tool_calls)
                 if delta.content or delta.tool_calls or delta.refusal or delta.reasoning_content or delta.reasoning:
                     self._moved()
-            if choice.finish_reason:
-                self.finish = choice.finish_reason
         if chunk.usage is not None:
             self.usage = chunk.usage
-        if chunk.error is not None:
-            raise Failed(LlmUnavailable(self.model, _reason(chunk.error)), retry=True)
+        if chunk.error:
+            raise Failed(LlmUnavailable(self.model, _reason(self._plan.model, chunk.error)), retry=True)
 
     def _moved(self) -> None:
         """The model said something: the clock of the gap begins anew."""
@@ -306,8 +319,9 @@ class LlmStream:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _end(self, outcome: str) -> None:
-        self._hang_up(outcome)
-        self._ended = True
+        if not self._ended:
+            self._hang_up(outcome)
+            self._ended = True
 
     def _hang_up(self, outcome: str) -> None:
         (self._model or self._plan.model).count(outcome, self.usage)
@@ -380,7 +394,7 @@ async def _complete(asked: Asked, model: Model, plan: Plan) -> Completion:
     response = None
     try:
         async with asyncio.timeout(plan.total_by - monotonic()):
-            response = await post(model, body, plan.total_by, seconds)
+            response = await post(model, body, plan.total_by, seconds, "total")
             answer = await _rest(response.content, b"")
         text, finish, usage, calls = _answer(model, answer)
         if finish == "content_filter" and not text:
@@ -414,8 +428,8 @@ def _answer(model: Model, body: bytes) -> tuple[str, str, Usage | None, list[Too
         answer = decode_answer(body)
     except ValueError as exc:
         raise Failed(LlmUnavailable(model.name, f"sent an answer that can't be read: {exc}"), retry=True) from None
-    if answer.error is not None:
-        raise Failed(LlmUnavailable(model.name, _reason(answer.error)), retry=True)
+    if answer.error:
+        raise Failed(LlmUnavailable(model.name, _reason(model, answer.error)), retry=True)
     said = answer.choices[0] if answer.choices else None
     if said is None or said.message is None:
         raise Failed(LlmUnavailable(model.name, "sent an answer without a message"), retry=True)
@@ -427,9 +441,8 @@ def _answer(model: Model, body: bytes) -> tuple[str, str, Usage | None, list[Too
     return said.message.content or said.message.refusal or "", said.finish_reason or "stop", answer.usage, calls
 
 
-def _reason(error: Any) -> str:
-    """The provider's own words, wherever it put them."""
+def _reason(model: Model, error: Any) -> str:
+    """The provider's own words, wherever it put them, and without the key."""
     if isinstance(error, dict):
         error = error.get("message") or error
-    text = str(error)
-    return text if len(text) <= 500 else text[:500] + "…"
+    return model.official.hide(str(error))

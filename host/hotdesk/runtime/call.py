@@ -128,6 +128,7 @@ class Calls:
 
     def stop(self, clock: Clock) -> None:
         self._clocks.discard(clock)
+        clock.abandon = None  # contexts that a plugin's timers keep have the clock, and must not hold the turn by it
 
     def _tick(self) -> None:
         now = monotonic()

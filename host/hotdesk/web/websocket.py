@@ -401,8 +401,12 @@ class _Session:
     def _accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
         cancelled = given is not None and self._unaccepted is not None and self._unaccepted.pop(given, False)
         self._tell_accepted(given, outcome)
-        if cancelled and isinstance(outcome, Accepted):
+        if not isinstance(outcome, Accepted):
+            return
+        if cancelled:
             self._cancel(outcome.id)
+        if self._door._config.on_leave == "cancel" and self not in self._door._sessions:
+            self._door._turns.leave(self._conversation, outcome.id)  # it left before its message was on disk
 
     def _tell_accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
         if isinstance(outcome, BaseException):
