@@ -148,7 +148,7 @@ class ModelServer:
             return web.json_response({"object": "list", "data": models})
         if request.method == "GET" and request.path == "/log":
             rows = [msgspec.json.encode(seen.report()).decode() for seen in self._log]
-            return web.Response(text=f"[{',\n '.join(rows)}]\n", content_type="application/json")
+            return web.Response(text="[" + ",\n ".join(rows) + "]\n", content_type="application/json")
         error = {"message": f"Unknown request URL: {request.method} {request.path}.", "type": "invalid_request_error"}
         return web.json_response({"error": error | {"param": None, "code": "unknown_url"}}, status=404)
 

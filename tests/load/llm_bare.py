@@ -2,9 +2,9 @@
 
     python tests/load/llm_bare.py PORT BASE_URL
 
-It keeps no journal, knows no plugins and offers no tool; its history is given to it. `POST /whole` awaits `create()`,
-`POST /stream` iterates `create(stream=True)`, and `GET /ws` sends each delta of that as a frame, and an empty one at
-the end. `/history` asks with what was said before in that conversation, as a bot that remembers does.
+It keeps no journal, knows no plugins and offers no tool. `POST /whole` awaits `create()` with a prompt of 12 messages,
+`POST /stream` iterates `create(stream=True)` with it, and `GET /ws` sends each delta of that as a frame, and an empty
+one at the end. `POST /talk/{conversation}` remembers in memory what was said, text or image, and asks with all of it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Bot:
 
     def __init__(self, base_url: str) -> None:
         self._client = openai.AsyncOpenAI(base_url=base_url, api_key="none")
+        self._said: dict[str, list[Any]] = {}
         self._history: list[dict[str, str]] = []
         for _ in range(EXCHANGES):
             self._history.append({"role": "user", "content": TEXT})
@@ -49,26 +50,19 @@ class Bot:
         )
         return web.json_response({"replies": [{"text": completion.choices[0].message.content}]})
 
-    async def answer_image(self, request: web.Request) -> web.Response:
+    async def answer_talk(self, request: web.Request) -> web.Response:
         body = await request.json()
-        url = f"data:image/jpeg;base64,{body['attachments'][0]['data']}"
-        parts: list[Any] = [{"type": "text", "text": body["text"]}, {"type": "image_url", "image_url": {"url": url}}]
+        said = self._said.setdefault(request.match_info["conversation"], [])
+        content: Any = body["text"]
+        if attachments := body.get("attachments"):
+            url = f"data:image/jpeg;base64,{attachments[0]['data']}"
+            content = [{"type": "text", "text": content}, {"type": "image_url", "image_url": {"url": url}}]
+        said.append({"role": "user", "content": content})
+        messages: list[Any] = [{"role": "system", "content": SYSTEM}, *said]
         completion = await self._client.chat.completions.create(
-            model="gpt-4.1-mini",
-            messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": parts}],
-            temperature=0.3,
-            max_tokens=800,
+            model="gpt-4.1-mini", messages=messages, temperature=0.3, max_tokens=800
         )
-        return web.json_response({"replies": [{"text": completion.choices[0].message.content}]})
-
-    async def answer_new(self, request: web.Request) -> web.Response:
-        text = (await request.json())["text"]
-        completion = await self._client.chat.completions.create(
-            model="gpt-4.1-mini",
-            messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}],
-            temperature=0.3,
-            max_tokens=800,
-        )
+        said.append({"role": "assistant", "content": completion.choices[0].message.content})
         return web.json_response({"replies": [{"text": completion.choices[0].message.content}]})
 
     async def _deltas(self, text: str) -> Any:
@@ -107,8 +101,7 @@ async def make_app(base_url: str) -> web.Application:
         [
             web.post("/whole", bot.answer_whole),
             web.post("/stream", bot.answer_stream),
-            web.post("/image", bot.answer_image),
-            web.post("/new", bot.answer_new),
+            web.post("/talk/{conversation}", bot.answer_talk),
             web.get("/ws", bot.answer_frames),
             web.get("/readyz", ready),
         ]

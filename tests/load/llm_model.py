@@ -46,6 +46,12 @@ def token(text: bytes) -> bytes:
     return piece(_BEFORE + text + _AFTER)
 
 
+def canned_events(tokens: int) -> bytes:
+    """The events of a streamed answer, outside of any coding."""
+    said = (_ROLE, *(b" %d" % n for n in range(tokens)))
+    return b"".join(_BEFORE + text + _AFTER for text in said) + _LAST + _USAGE + _DONE
+
+
 FIRST = piece(_BEFORE + _ROLE + _AFTER)
 END = piece(_LAST) + piece(_USAGE) + piece(_DONE) + b"0\r\n\r\n"
 

@@ -17,6 +17,9 @@ __all__ = ["MAX_EVENT_BYTES", "Answer", "Chunk", "EventParser", "ToolDelta", "de
 MAX_EVENT_BYTES = 2 * 1024 * 1024
 """An event, or a line, over this is no token of an answer: the stream is given up before it fills the memory."""
 
+LINE_BYTES = 64
+"""What a line of data costs beside its text; an event in millions of empty lines is over the bound, too."""
+
 
 class _Function(msgspec.Struct, frozen=True):
     name: str | None = None
@@ -120,6 +123,6 @@ class EventParser:
                 if event:  # one without data is no event, by the same interpretation
                     found.append(event)
                 data.clear()
-        if len(data) > 1 and sum(map(len, data)) + len(data) > MAX_EVENT_BYTES:
+        if len(data) > 1 and sum(map(len, data)) + LINE_BYTES * len(data) > MAX_EVENT_BYTES:
             raise ValueError(f"an event is over {MAX_EVENT_BYTES} bytes")
         return found

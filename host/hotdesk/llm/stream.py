@@ -172,12 +172,12 @@ class LlmStream:
                     raise self._failed
             except Failed as failed:
                 if self._ended:
-                    raise
+                    raise failed.error from None
                 self._hang_up("failed")
                 self.finish, self.usage, self.tool_calls, self._failed = "", None, [], None
                 await plan.after(failed)
                 if self._ended:  # hung up on while it waited
-                    raise
+                    raise failed.error from None
                 continue
             if texts:
                 self._shown = True
@@ -274,8 +274,10 @@ class LlmStream:
 
     def _moved(self) -> None:
         """The model said something: the clock of the gap begins anew."""
-        self._progress = True
         self._by = min(monotonic() + self._plan.model.settings.gap_s, self._plan.total_by)
+        if not self._progress:
+            self._progress = True
+            self._arm()  # a gap is shorter than the wait for the first token, for which the timer is set
 
     def _take_calls(self, deltas: list[ToolDelta]) -> None:
         calls = self.tool_calls

@@ -1,0 +1,433 @@
+"""The connections to one provider: HTTP/1.1, kept alive, and read as the bytes come.
+
+Parsed by httptools. Its own, and not a client library's, for the cost of a chunk: what arrives goes from the socket's
+callback straight to whoever takes it, with no task, future or buffer between; through aiohttp a chunk costs the host
+twice as much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextvars
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import aiohappyeyeballs
+import httptools
+
+__all__ = ["Response", "Wire", "WireError"]
+
+KEEP_ALIVE_S = 60.0
+"""How long an unused connection is kept."""
+
+HIGH_WATER_BYTES = 256 * 1024
+"""How much of a body is held for who does not read; then the socket is not read any more, so the provider waits."""
+
+MAX_HEAD_BYTES = 64 * 1024
+HAPPY_EYEBALLS_S = 0.25
+"""How long an address is tried before the next is tried beside it (RFC 8305)."""
+
+monotonic = time.monotonic
+
+
+class WireError(Exception):
+    """A connection that could not be made, or broke, or said what is no HTTP. `unheard`: no byte of an answer came."""
+
+    def __init__(self, text: str, *, unheard: bool = False) -> None:
+        self.unheard = unheard
+        super().__init__(text)
+
+
+class Response:
+    """An answer whose status and headers are there. Its body is read by `read`, or `listen` has it pushed."""
+
+    __slots__ = ("_buffer", "_connection", "_error", "_listener", "_paused", "_size", "_waiter", "ended", "headers", "status")
+
+    def __init__(self, connection: _Connection, status: int, headers: Mapping[str, str]) -> None:
+        self.status = status
+        self.headers = headers
+        """Names in lower case; of several of one name, the last."""
+        self.ended = False
+        """All of the body has come."""
+        self._connection: _Connection | None = connection
+        self._buffer: list[bytes] = []
+        self._size = 0
+        self._paused = False
+        self._error: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[bytes], None] | None = None
+
+    @property
+    def content_type(self) -> str:
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    async def read(self) -> bytes:
+        """What came since the last read, or comes next; empty at the end. Raises `WireError`, or what `fail` said."""
+        while not self._buffer:
+            if self._error is not None:
+                raise self._error
+            if self.ended:
+                return b""
+            waiter = self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+        data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
+        self._buffer.clear()
+        self._size = 0
+        self._resume()
+        return data
+
+    def listen(self, listener: Callable[[bytes], None] | None) -> None:
+        """Have *listener* called with each piece of the body as it comes, and with an empty one at the end or failure.
+
+        What had come before is read by `read` first. It must not raise. None: pieces are held for `read` again.
+        """
+        self._listener = listener
+        if listener is not None:
+            self._resume()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why there is no more, where that is not the end of the body."""
+        return self._error
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is there to `read` at once."""
+        return bool(self._buffer) or self.ended or self._error is not None
+
+    def pause(self) -> None:
+        """Read no more of the socket until somebody reads here."""
+        if not self._paused and self._connection is not None:
+            self._paused = True
+            self._connection.transport.pause_reading()
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            if self._connection is not None:
+                self._connection.transport.resume_reading()
+
+    def fail(self, error: BaseException) -> None:
+        """Have whoever reads get *error*; nothing more is read of the connection."""
+        if self._error is None and not self.ended:
+            self._error = error
+            self._wake()
+        self.close()
+
+    def close(self) -> None:
+        """Hang up, if the body has not ended. It never waits."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.response = None
+            connection.close()
+
+    def _wake(self) -> None:
+        if self._listener is not None:
+            self._listener(b"")
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- called by the connection ----------------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        if self._listener is not None:
+            self._listener(data)
+            return
+        self._buffer.append(data)
+        self._size += len(data)
+        if self._size > HIGH_WATER_BYTES:
+            self.pause()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def end(self) -> None:
+        self.ended = True
+        self._connection = None
+        self._wake()
+
+    def broken(self, error: BaseException) -> None:
+        self._error = error
+        self._connection = None
+        self._wake()
+
+
+class _Connection(asyncio.Protocol):
+    """One connection. It is busy from a request to the end of its answer, and idle in the pool between."""
+
+    __slots__ = ("_head", "_headers", "_headers_done", "_parser", "_until_close", "_wire", "answer", "heard", "idle_since",
+                 "response", "transport")  # fmt: skip
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self.transport: asyncio.Transport
+        self.response: Response | None = None
+        self.answer: asyncio.Future[Response] | None = None
+        self.idle_since = 0.0
+        self.heard = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[str, str] = {}
+        self._head = 0
+        self._headers_done = False
+        self._until_close = False
+        self.heard = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "pause_reading")
+        self.transport = transport  # type: ignore[assignment]
+        self._wire.connections.add(self)
+
+    def ask(self, request: bytes, answer: asyncio.Future[Response]) -> None:
+        """Send *request*; *answer* is told when the headers of its response are there."""
+        self._begin()
+        self.answer = answer
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = True
+        if not self._headers_done:
+            self._head += len(data)
+        if self.answer is None and self.response is None:  # idle, or hung up on: what comes now is nobody's
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as exc:
+            self._break(WireError(f"it answered with what is no HTTP: {exc}"))
+            return
+        if not self._headers_done and self._head > MAX_HEAD_BYTES:
+            self._break(WireError(f"the head of its answer is over {MAX_HEAD_BYTES} bytes"))
+
+    def eof_received(self) -> None:
+        self._lost("it closed the connection before the end of its answer")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wire.connections.discard(self)
+        self._lost(f"the connection broke: {exc}" if exc else "it closed the connection before the end of its answer")
+
+    def _lost(self, why: str) -> None:
+        if self.response is not None and self._until_close:
+            response, self.response = self.response, None
+            response.end()
+        self._break(WireError(why, unheard=not self.heard))
+
+    def _break(self, error: WireError) -> None:
+        answer, self.answer = self.answer, None
+        if answer is not None and not answer.done():
+            answer.set_exception(error)
+        response, self.response = self.response, None
+        if response is not None:
+            response.broken(error)
+        self.close()
+
+    def close(self) -> None:
+        """Hang up at once."""
+        self.response = self.answer = None
+        self._wire.connections.discard(self)
+        self.transport.abort()
+
+    # -- called by the parser --------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("utf-8", "replace")
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:
+            return  # an interim answer: the one that counts follows
+        self._headers_done = True
+        headers = self._headers
+        self._until_close = "content-length" not in headers and "transfer-encoding" not in headers
+        answer, self.answer = self.answer, None
+        if answer is None or answer.done():
+            return
+        self.response = Response(self, status, headers)
+        answer.set_result(self.response)
+
+    def on_body(self, data: bytes) -> None:
+        if self.response is not None:
+            self.response.feed(data)
+
+    def on_message_complete(self) -> None:
+        if not self._headers_done:
+            self._headers.clear()
+            return
+        response, self.response = self.response, None
+        if response is None:
+            return
+        keep = self._parser.should_keep_alive() and not self._until_close
+        response.end()
+        if keep:
+            self._wire.give_back(self)
+        else:
+            self.close()
+
+
+class Wire:
+    """The way to one URL. Connections are kept and used again, the one used last first."""
+
+    def __init__(self, url: str, headers: Iterable[tuple[str, str]], *, proxy: str = "", connect_s: float) -> None:
+        parts = urlsplit(url)
+        self._secure = parts.scheme == "https"
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if self._secure else 80)
+        self._connect_s = connect_s
+        self._proxy = urlsplit(proxy) if proxy else None
+        self._context = _tls() if self._secure else None
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        netloc = host if parts.port is None else f"{host}:{parts.port}"
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        lines = [f"Host: {netloc}", *(f"{name}: {value}" for name, value in headers)]
+        if self._proxy is not None and not self._secure:
+            path = f"{parts.scheme}://{netloc}{path}"
+            lines += _proxy_authorization(self._proxy)
+        self._head = "\r\n".join([f"POST {path} HTTP/1.1", *lines, "Content-Length: "]).encode("latin-1")
+        self.connections: set[_Connection] = set()
+        self._idle: deque[_Connection] = deque()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    async def post(self, body: bytes) -> Response:
+        """Send *body*, and return the answer when its headers are there. Raises `WireError`, `OSError`, `TimeoutError`.
+
+        A kept connection that the other side had closed meanwhile is no failure: the request goes out on another.
+        """
+        request = b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
+        while True:
+            connection = self._reuse()
+            fresh = connection is None
+            if connection is None:
+                connection = await self._connect()
+            answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+            connection.ask(request, answer)
+            try:
+                return await answer
+            except WireError as exc:
+                if fresh or not exc.unheard:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+
+    def _reuse(self) -> _Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection in self.connections and not connection.transport.is_closing():
+                return connection
+        return None
+
+    def give_back(self, connection: _Connection) -> None:
+        """A connection is free."""
+        if self._closed or connection.transport.is_closing():
+            connection.close()
+            return
+        connection.idle_since = monotonic()
+        self._idle.append(connection)
+        if self._expiry is None:
+            self._expiry = asyncio.get_running_loop().call_later(KEEP_ALIVE_S, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        now = monotonic()
+        while self._idle and (self._idle[0] not in self.connections or now - self._idle[0].idle_since > KEEP_ALIVE_S):
+            connection = self._idle.popleft()
+            if connection in self.connections:
+                connection.close()
+        if self._idle:
+            wait = max(0.1, KEEP_ALIVE_S - (now - self._idle[0].idle_since))
+            self._expiry = asyncio.get_running_loop().call_later(wait, self._expire)
+
+    async def _connect(self) -> _Connection:
+        """A new connection, made in a context of its own: it outlives the turn that wanted it."""
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._open(), context=contextvars.Context())
+        try:
+            return await task
+        except asyncio.CancelledError:
+            task.cancel()
+            task.add_done_callback(_put_down)
+            raise
+
+    async def _open(self) -> _Connection:
+        async with asyncio.timeout(self._connect_s):
+            far = (self.host, self.port) if self._proxy is None else _address(self._proxy)
+            sock = await _dial(*far)
+            try:
+                if self._proxy is not None and self._secure:
+                    await self._tunnel(sock, self._proxy)
+                loop = asyncio.get_running_loop()
+                server = self.host if self._secure else None
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(self), sock=sock, ssl=self._context, server_hostname=server
+                )
+            except BaseException:
+                sock.close()
+                raise
+            return connection
+
+    async def _tunnel(self, sock: socket.socket, proxy: Any) -> None:
+        """Ask the proxy for a tunnel (RFC 9110, CONNECT)."""
+        loop = asyncio.get_running_loop()
+        far = f"{self.host}:{self.port}"
+        lines = [f"CONNECT {far} HTTP/1.1", f"Host: {far}", *_proxy_authorization(proxy), "", ""]
+        await loop.sock_sendall(sock, "\r\n".join(lines).encode("latin-1"))
+        said = b""
+        while b"\r\n\r\n" not in said:
+            part = await loop.sock_recv(sock, 4096)
+            said += part
+            if not part or len(said) > MAX_HEAD_BYTES:
+                raise WireError("the proxy closed the connection")
+        status = said.split(None, 2)[1] if said.startswith(b"HTTP/1.") else b"?"
+        if status != b"200":
+            raise WireError(f"the proxy answered with status {status.decode('latin-1')}")
+
+    async def aclose(self) -> None:
+        """Hang up on everybody."""
+        self._closed = True
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for connection in list(self.connections):
+            connection.close()
+        await asyncio.sleep(0)
+
+
+def _put_down(task: asyncio.Task[_Connection]) -> None:
+    """A connection that was given up came about all the same."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
+
+
+async def _dial(host: str, port: int) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _address(proxy: Any) -> tuple[str, int]:
+    return proxy.hostname or "", proxy.port or 80
+
+
+def _proxy_authorization(proxy: Any) -> list[str]:
+    if proxy.username is None:
+        return []
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return [f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}"]
