@@ -146,8 +146,9 @@ class Player:
                     seen.status = plan.status
                 seen.sent += step.events
                 seen.content += step.content
-            if self._at < len(steps):
-                self._due += steps[self._at].wait_s
+            if self._at == len(steps):
+                break
+            self._due += steps[self._at].wait_s
             budget -= len(step.data)
             if plan.paced:
                 # Two turns: in the first the loop finds that the reader's socket has something, in the second it reads.

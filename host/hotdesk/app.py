@@ -255,7 +255,9 @@ async def open_host(
             stack.callback(purging.cancel)
         access.keep_admin_token()
         intake.open()
-        yield Host(config, url, backend, intake, turns, plugins, events, metrics, access.new_admin_token, resumed, images)
+        yield Host(
+            config, url, backend, intake, turns, plugins, events, metrics, access.new_admin_token, resumed, images
+        )
 
 
 def _watch_stalls(config: Config, maker: Maker, events: Events, metrics: Metrics) -> StallWatch:

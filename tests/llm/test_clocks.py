@@ -1,4 +1,4 @@
-"""The three clocks of a request: each fires in its phase, only what the model says moves them, and none is a plugin's."""
+"""The three clocks of a request: each fires in its phase, only what the model says moves it, and none is a plugin's."""
 
 from __future__ import annotations
 

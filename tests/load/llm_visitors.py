@@ -69,10 +69,15 @@ class Visitor:
         if self.more > 0:
             self.ask(self.more - 1)
 
-    def _send(self) -> None:
+    async def come(self, port: int, conversation: str) -> None:
+        """Connect, for that conversation."""
         raise NotImplementedError
 
     def leave(self) -> None:
+        """Disconnect, without ceremony."""
+        raise NotImplementedError
+
+    def _send(self) -> None:
         raise NotImplementedError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hotdesk_sdk import Attachment, Completion, Reply, ToolCall, Usage
@@ -244,6 +244,17 @@ class Answering:
             self._count(stream)
             if not stream.tool_calls or not self._offered or self._rounds == MAX_ROUNDS:
                 return []
+            await self._call_tools(stream.tool_calls)
+
+    async def push(self, tell: Callable[[list[str]], bool]) -> bool:
+        """See `LlmStream.push`."""
+        while True:
+            stream = self._stream
+            if not await stream.push(tell):
+                return False
+            self._count(stream)
+            if not stream.tool_calls or not self._offered or self._rounds == MAX_ROUNDS:
+                return True
             await self._call_tools(stream.tool_calls)
 
     def _count(self, stream: LlmStream) -> None:

@@ -315,25 +315,42 @@ class _PulledOfHost(_Pulled):
 
     __slots__ = ()
 
+    async def push(self, tell: Callable[[list[str]], bool]) -> bool:
+        """Give each batch to *tell* as it comes; true at the end, false when *tell* said that nobody can take more."""
+        if self._ahead:
+            batch, self._ahead = self._ahead[::-1], []
+            if tell(batch):
+                return False
+        if self._ended:
+            return True
+        try:
+            ended: bool = await self._walled(self._chunks.push, tell)
+        except BaseException:
+            await self.aclose()
+            raise
+        if ended:
+            await self.aclose()
+        return ended
+
     async def _pull_batch(self) -> list[str]:
+        return await self._walled(self._chunks.next_batch)  # type: ignore[no-any-return]
+
+    async def _walled(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         clock = self._turn.clock
         clock.rest()
         try:
-            batch: list[str] = await self._chunks.next_batch()
+            return await function(*args)
         except (TurnAborted, CallFailed):
             raise
         except Exception as exc:
             failure = exc
-        else:
-            return batch
         finally:
             clock.go_on()
 
         async def fail() -> None:
             raise failure
 
-        await self._dispatch.calls.call(self._slot, self._hook, clock, fail)
-        return []
+        return await self._dispatch.calls.call(self._slot, self._hook, clock, fail)
 
     async def aclose(self) -> None:
         self._iterator = self._chunks

@@ -31,25 +31,42 @@ class Streams:
         """Pull the reply's chunks, as many at a time as there are, and tell them to whoever listens."""
         turn.streamed, turn.said = reply, []
         chunks: Any = reply.chunks
+        pushed = hasattr(chunks, "push")
         next_batch = chunks.next_batch if hasattr(chunks, "next_batch") else _Singly(chunks).next_batch
         said, limit = turn.said, self._limit
-        size, error = 0, None
+        size = 0
+        error: tuple[str, str] | None = None
+
+        def take(texts: list[str]) -> bool:
+            """Tell *texts*; true when no more is to be told just now: nobody can take it, or it is too much."""
+            nonlocal size, error
+            if turn.abandoned or error is not None:
+                return True
+            for number, text in enumerate(texts):
+                size += len(text)
+                if size > limit:
+                    error = ("stream_cut", f"the reply is over {limit} characters")
+                    self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
+                    texts = texts[:number]
+                    break
+            said.extend(texts)
+            full = bool(texts) and self._tell_chunks(turn, texts)
+            return full or error is not None
+
         try:
-            while texts := await next_batch():
-                if turn.abandoned:
-                    break
-                for number, text in enumerate(texts):
-                    size += len(text)
-                    if size > limit:
-                        error = ("stream_cut", f"the reply is over {limit} characters")
-                        self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
-                        texts = texts[:number]
+            while True:
+                if pushed:
+                    if await chunks.push(take):
                         break
-                said += texts
-                if texts and self._tell_chunks(turn, texts):
-                    await self._wait_room(turn)
-                if error is not None:
+                else:
+                    texts = await next_batch()
+                    if not texts:
+                        break
+                    if not take(texts):
+                        continue
+                if turn.abandoned or error is not None:
                     break
+                await self._wait_room(turn)
         except (CallFailed, TurnAborted) as exc:
             error = ("stream_cut", exc.public if isinstance(exc, CallFailed) else "the stream was aborted")
         metadata = reply.metadata

@@ -8,14 +8,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import aiohttp
-from multidict import CIMultiDict
-from yarl import URL
-
 from hotdesk_sdk import LlmTimeout, LlmUnavailable, Usage
 
 from ..config import ModelSettings
 from ..metrics import Metrics
+from .wire import Wire
 
 if TYPE_CHECKING:
     from .official import Official
@@ -25,7 +22,6 @@ __all__ = ["Model"]
 REST_AFTER, REST_S = 5, 10.0
 """After so many failures in a row a model rests so long: nobody waits for it while another can answer."""
 
-KEEP_ALIVE_S = 60.0
 OPENAI_HOSTS = ("api.openai.com", ".openai.azure.com")
 """Who wants `max_completion_tokens`; everybody else knows the older `max_tokens`."""
 
@@ -39,10 +35,7 @@ class Model:
         self.name = name
         self.settings = settings
         self.official: Official
-        self.proxy = settings.proxy or None
-        self.url: URL
-        self.headers: CIMultiDict[str]
-        self.session: aiohttp.ClientSession
+        self.wire: Wire
         host = urlsplit(settings.base_url).hostname or "api.openai.com"
         self.max_tokens_field = "max_completion_tokens" if host.endswith(OPENAI_HOSTS) else "max_tokens"
         self._metrics = metrics
@@ -63,17 +56,11 @@ class Model:
 
         self.official = Official(self.name, self.settings)
         template = await self.official.template()
-        self.url = URL(template.url, encoded=True)
-        self.headers = CIMultiDict(template.headers)
-        self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.settings.connect_s),
-            read_bufsize=256 * 1024,
-        )
+        settings = self.settings
+        self.wire = Wire(template.url, template.headers, proxy=settings.proxy, connect_s=settings.connect_s)
 
     async def aclose(self) -> None:
-        await self.session.close()
+        await self.wire.aclose()
         await self.official.aclose()
 
     # -- how many at once ------------------------------------------------------------------------------------------
@@ -147,4 +134,4 @@ class Model:
     def in_words(self, exc: BaseException) -> str:
         """A failure of the connection, for people."""
         text = str(exc) or type(exc).__name__
-        return f"{self.url.host}:{self.url.port}: {text}"
+        return f"{self.wire.host}:{self.wire.port}: {text}"

@@ -7,6 +7,7 @@ and shows it every error answer. A test holds the two side by side.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class Official:
         self._name = name
         self._settings = settings
         self._replay = _Replay()
+        self._replaying = asyncio.Lock()
         http = openai.DefaultAsyncHttpxClient(transport=self._replay, trust_env=False)
         self._client: openai.AsyncOpenAI
         if settings.api_version:
@@ -82,18 +84,20 @@ class Official:
         await self._client.post("/chat/completions", cast_to=object, body=body)
         request = self._replay.request
         assert request is not None
-        skipped = {"content-length", "host", "connection"}
+        skipped = {"accept-encoding", "content-length", "host", "connection"}
         if not self._settings.api_key:
             skipped |= {"authorization", "api-key"} - {name.lower() for name in self._settings.headers}
         headers = tuple((name, value) for name, value in request.headers.multi_items() if name.lower() not in skipped)
+        headers += (("Accept-Encoding", "identity"),)  # a stream that is packed arrives late
         return Template(str(request.url), headers)
 
     async def error(self, status: int, headers: Mapping[str, str], body: bytes) -> LlmError:
         """What an answer with a *status* from 400 on means."""
-        told = {name: value for name, value in headers.items() if name.lower() not in ("content-encoding",)}
-        self._replay.answer = httpx2.Response(status, headers=told, content=body)
+        told = {name: value for name, value in headers.items() if name.lower() != "content-encoding"}
         try:
-            await self._client.post("/chat/completions", cast_to=object, body={"model": self._settings.model})
+            async with self._replaying:
+                self._replay.answer = httpx2.Response(status, headers=told, content=body)
+                await self._client.post("/chat/completions", cast_to=object, body={"model": self._settings.model})
         except openai.APIStatusError as exc:
             return self._as_ours(exc, status, headers)
         except openai.OpenAIError as exc:

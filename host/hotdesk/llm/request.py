@@ -8,13 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from hotdesk_sdk import LlmError, LlmRefused, LlmTimeout, LlmUnavailable
 
 from .model import Model
 from .retry import MAX_RETRY_AFTER_S, may_retry, retry_after
+from .wire import Response, WireError
 
 __all__ = ["Asked", "Failed", "Plan", "post"]
 
@@ -27,7 +27,7 @@ MAX_ERROR_BYTES = 64 * 1024
 NOBODYS = frozenset({401, 403, 404})
 """The refusals that every request to that model gets. All others are about one request, and say nothing of the next."""
 
-TRANSIENT = (aiohttp.ClientError, OSError, EOFError)
+TRANSIENT = (WireError, OSError)
 
 _encode = msgspec.json.Encoder().encode
 monotonic = time.monotonic
@@ -132,18 +132,14 @@ class Plan:
         return min(FIRST_BACKOFF_S * 2.0**self._tries, MAX_BACKOFF_S) * (1 - 0.25 * random.random())
 
 
-async def post(
-    model: Model, body: bytes, by: float, seconds: float, phase: str = "first token"
-) -> aiohttp.ClientResponse:
+async def post(model: Model, body: bytes, by: float, seconds: float, phase: str = "first token") -> Response:
     """Send *body* and return the answer once its status says that it is one. Raises `Failed`.
 
     *by* is when that has to be, *seconds* and *phase* say in words which clock that is.
     """
     try:
         async with asyncio.timeout(by - monotonic()) as clock:
-            response = await model.session.post(
-                model.url, data=body, headers=model.headers, proxy=model.proxy, allow_redirects=False
-            )
+            response = await model.wire.post(body)
     except TimeoutError:
         if clock.expired():
             raise Failed(LlmTimeout(model.name, phase, seconds), retry=False) from None
@@ -151,23 +147,27 @@ async def post(
     except TRANSIENT as exc:
         raise Failed(LlmUnavailable(model.name, model.in_words(exc)), retry=True) from None
     if response.status == 200:
-        return response
+        packed = response.headers.get("content-encoding", "identity").lower()
+        if packed == "identity":
+            return response
+        response.close()
+        reason = f"answered with Content-Encoding {packed!r}, which was not asked for"
+        raise Failed(LlmUnavailable(model.name, reason), retry=False)
     try:
         raise await _refused(model, response, by)
     finally:
         response.close()
 
 
-async def _refused(model: Model, response: aiohttp.ClientResponse, by: float) -> Failed:
+async def _refused(model: Model, response: Response, by: float) -> Failed:
     status = response.status
     if status < 400:
-        asked = model.url.with_user(None).with_query(None)  # neither is for a log
-        reason = f"answered with status {status}; look at base_url: {asked} was asked"
+        reason = f"answered with status {status}; look at base_url: {model.wire.shown_url} was asked"
         return Failed(LlmUnavailable(model.name, reason), retry=False)
     text = b""
     try:
         async with asyncio.timeout(max(0.05, min(5.0, by - monotonic()))):
-            while len(text) < MAX_ERROR_BYTES and (part := await response.content.readany()):
+            while len(text) < MAX_ERROR_BYTES and (part := await response.read()):
                 text += part
     except (TimeoutError, *TRANSIENT):
         pass  # what it said so far has to do

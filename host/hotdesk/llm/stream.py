@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
-
-import aiohttp
 
 from hotdesk_sdk import Completion, LlmError, LlmRefused, LlmTimeout, LlmUnavailable, ToolCall, Usage
 
 from .events import EventParser, ToolDelta, decode_answer, decode_chunk
 from .model import Model
 from .request import TRANSIENT, Asked, Failed, Plan, post
+from .wire import Response, WireError
 
 __all__ = ["LlmStream", "Resting", "complete"]
 
@@ -33,6 +32,9 @@ MAX_TOOL_CALLS = 128
 
 monotonic = time.monotonic
 INFINITE = float("inf")
+
+Tell = Callable[[list[str]], bool]
+"""Takes the texts that came together; true when nobody can take more."""
 
 
 class Resting(Protocol):
@@ -57,7 +59,7 @@ class LlmStream:
         "_asked",
         "_by",
         "_clock",
-        "_content",
+        "_done",
         "_ended",
         "_failed",
         "_left_at",
@@ -69,6 +71,7 @@ class LlmStream:
         "_ready",
         "_response",
         "_shown",
+        "_tell",
         "_timer",
         "finish",
         "tool_calls",
@@ -82,8 +85,7 @@ class LlmStream:
         self._loop = asyncio.get_running_loop()
         self._model: Model | None = None
         """Whose place is held, while a request is under way."""
-        self._response: aiohttp.ClientResponse | None = None
-        self._content: aiohttp.StreamReader | None = None
+        self._response: Response | None = None
         self._parser: EventParser | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._by = INFINITE
@@ -93,6 +95,8 @@ class LlmStream:
         self._ended = False
         self._failed: Failed | None = None
         self._ready: list[str] = []
+        self._tell: Tell | None = None
+        self._done: asyncio.Future[bool] | None = None
         self.finish = ""
         self.usage: Usage | None = None
         self.tool_calls: list[ToolCall] = []
@@ -128,22 +132,93 @@ class LlmStream:
                 raise self._failed
             self._by = min(monotonic() + self._plan.model.settings.gap_s, self._plan.total_by)
             return await self._read()
-        except Failed as failed:
-            self._end("cut")
-            failed.error.shown = True
-            failed.error.public = BROKE_OFF
-            raise failed.error from None
-        except LlmError:
-            self._end("failed")
-            raise
-        except BaseException:
-            self._end("cancelled")
-            raise
+        except BaseException as exc:
+            raise self._put_down(exc) from None
         finally:
             self._by = INFINITE
             self._left_at = monotonic()
             if clock is not None:
                 clock.go_on()
+
+    async def push(self, tell: Tell) -> bool:
+        """Give each batch to *tell* in the moment in which it comes; true at the end.
+
+        False when *tell* returned true, which says that nobody can take more just now: push again later. From the
+        first text on that costs no task and no future a batch; *tell* is called from the socket's own callback.
+        """
+        while True:
+            response = self._response
+            if self._shown and self._failed is None and not self._ready and not self._ended:
+                assert response is not None
+                if self._parser is not None and not response.waiting:
+                    return await self._pushed(response, tell)
+            batch = self._ready[::-1] if self._ready else await self.next_batch()
+            self._ready = []
+            if not batch:
+                return True
+            if tell(batch):
+                return False
+
+    async def _pushed(self, response: Response, tell: Tell) -> bool:
+        clock = self._clock
+        if clock is not None:
+            clock.rest()
+        self._plan.total_by += monotonic() - self._left_at
+        self._by = min(monotonic() + self._plan.model.settings.gap_s, self._plan.total_by)
+        self._see_to_timer()
+        done: asyncio.Future[bool] = self._loop.create_future()
+        self._tell, self._done = tell, done
+        response.listen(self._arrived)
+        try:
+            return await done
+        except BaseException as exc:
+            raise self._put_down(exc) from None
+        finally:
+            response.listen(None)
+            self._tell = self._done = None
+            self._by = INFINITE
+            self._left_at = monotonic()
+            if clock is not None:
+                clock.go_on()
+
+    def _arrived(self, data: bytes) -> None:
+        """The socket's callback while texts are pushed. Raises nothing: whoever pushes is told through its future."""
+        response, parser, tell, done = self._response, self._parser, self._tell, self._done
+        if response is None or parser is None or tell is None or done is None or done.done():
+            return
+        texts: list[str] = []
+        failed: BaseException | None = None
+        try:
+            if not data:
+                if response.error is not None:
+                    raise self._broken(response.error)
+                self._end_of_body()
+            else:
+                self._take_data(parser, data, texts)
+        except Failed as exc:
+            failed = exc
+        try:
+            full = tell(texts) if texts else False
+        except BaseException as exc:
+            failed, full = exc, False
+        if failed is not None:
+            done.set_exception(failed)
+        elif self._ended:
+            done.set_result(True)
+        elif full:
+            response.listen(None)
+            response.pause()
+            done.set_result(False)
+
+    def _put_down(self, exc: BaseException) -> BaseException:
+        """End it for *exc*, and say what to raise."""
+        if isinstance(exc, Failed):
+            self._end("cut")
+            exc.error.shown = True
+            exc.error.public = BROKE_OFF
+            return exc.error
+        self._end("failed" if isinstance(exc, LlmError) else "cancelled")
+        return exc
 
     async def aclose(self) -> None:
         """Hang up, if it has not ended by itself."""
@@ -165,7 +240,7 @@ class LlmStream:
         plan = self._plan
         while True:
             try:
-                if self._content is None:
+                if self._response is None:
                     await self._connect(plan.model)
                 texts = await self._read()
                 if self._failed is not None and not texts:
@@ -205,44 +280,61 @@ class LlmStream:
         kind = response.content_type
         if kind == "text/html":
             raise Failed(LlmUnavailable(model.name, "answered with a web page; look at base_url"), retry=False)
-        self._content = response.content
         self._parser = EventParser() if kind != "application/json" else None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
     async def _read(self) -> list[str]:
         """Read until there is text, or the end. Raises `Failed`."""
-        content, parser = self._content, self._parser
-        assert content is not None
-        timer = self._timer
-        if timer is None or timer.when() - self._loop.time() > self._by - monotonic():
-            self._arm()
+        response, parser = self._response, self._parser
+        assert response is not None
+        self._see_to_timer()
         texts: list[str] = []
         while True:
             try:
-                data = await content.readany()
+                data = await response.read()
                 if parser is None:
-                    self._take_whole(await _rest(content, data), texts)
+                    self._take_whole(await _rest(response, data), texts)
                     return texts
-            except LlmTimeout as exc:
-                raise Failed(exc, retry=False) from None
-            except TRANSIENT as exc:
-                raise Failed(LlmUnavailable(self.model, self._plan.model.in_words(exc)), retry=True) from None
+            except (LlmTimeout, *TRANSIENT) as exc:
+                raise self._broken(exc) from None
             try:
                 if not data:
                     self._end_of_body()
                     return texts
-                for event in parser.feed(data):
-                    if event.startswith(b"[DONE]"):
-                        self._finish()
-                        return texts
-                    self._take(event, texts)
+                self._take_data(parser, data, texts)
+                if self._ended:
+                    return texts
             except Failed as failed:
                 if not texts:
                     raise
                 self._failed = failed  # what came before it is shown first
             if texts:
                 return texts
+
+    def _broken(self, exc: BaseException) -> Failed:
+        """What came instead of more."""
+        if isinstance(exc, LlmTimeout):
+            return Failed(exc, retry=False)
+        return Failed(LlmUnavailable(self.model, self._plan.model.in_words(exc)), retry=True)
+
+    def _take_data(self, parser: EventParser, data: bytes, texts: list[str]) -> None:
+        """Read the events that *data* completes, at the most to the end of the answer. Raises `Failed`."""
+        try:
+            events = parser.feed(data)
+        except ValueError as exc:
+            raise Failed(LlmUnavailable(self.model, str(exc)), retry=False) from None
+        for event in events:
+            if event.startswith(b"[DONE]"):
+                self._finish()
+                return
+            self._take(event, texts)
+
+    def _events(self, parser: EventParser, data: bytes) -> list[bytes]:
+        try:
+            return parser.feed(data)
+        except ValueError as exc:
+            raise Failed(LlmUnavailable(self.model, f"sent what has no end: {exc}"), retry=False) from None
 
     def _take(self, event: bytes, texts: list[str]) -> None:
         """Read one event; its text goes to *texts*. Raises `Failed`."""
@@ -311,11 +403,9 @@ class LlmStream:
     def _finish(self) -> None:
         if self.finish == "content_filter":
             raise Failed(LlmRefused(self.model, "its content filter stopped the answer"), retry=False)
-        response = self._response
-        self._response = self._content = None
-        if response is not None and not response.content.at_eof():
-            # the connection goes back to the others when its body has ended; it is not waited for
-            response.content.on_eof(self._loop.call_later(END_S, response.close).cancel)
+        response, self._response = self._response, None
+        if response is not None and not response.ended:
+            response.let_end(END_S)
         self._end("answered")
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -328,7 +418,13 @@ class LlmStream:
     def _hang_up(self, outcome: str) -> None:
         (self._model or self._plan.model).count(outcome, self.usage)
         _hang_up(self._model, self._response, self._timer)
-        self._model = self._response = self._content = self._timer = None
+        self._model = self._response = self._timer = None
+
+    def _see_to_timer(self) -> None:
+        """Have the timer fire no later than at `_by`."""
+        timer = self._timer
+        if timer is None or timer.when() - self._loop.time() > self._by - monotonic():
+            self._arm()
 
     def _arm(self) -> None:
         if self._timer is not None:
@@ -338,8 +434,8 @@ class LlmStream:
     def _look(self) -> None:
         """The timer fired; most often the deadline has moved meanwhile."""
         self._timer = None
-        content, settings, by = self._content, self._plan.model.settings, self._by
-        if by == INFINITE or content is None:
+        response, settings, by = self._response, self._plan.model.settings, self._by
+        if by == INFINITE or response is None:
             return  # nobody pulls; the next pull arms it
         if monotonic() < by:
             self._arm()
@@ -350,10 +446,10 @@ class LlmStream:
             phase, seconds = "gap", settings.gap_s
         else:
             phase, seconds = "first token", settings.first_token_s
-        content.set_exception(LlmTimeout(self.model, phase, seconds))
+        response.fail(LlmTimeout(self.model, phase, seconds))
 
 
-def _hang_up(model: Model | None, response: aiohttp.ClientResponse | None, timer: asyncio.TimerHandle | None) -> None:
+def _hang_up(model: Model | None, response: Response | None, timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
     if response is not None:
@@ -397,7 +493,7 @@ async def _complete(asked: Asked, model: Model, plan: Plan) -> Completion:
     try:
         async with asyncio.timeout(plan.total_by - monotonic()):
             response = await post(model, body, plan.total_by, seconds, "total")
-            answer = await _rest(response.content, b"")
+            answer = await _rest(response, b"")
         text, finish, usage, calls = _answer(model, answer)
         if finish == "content_filter" and not text:
             raise Failed(LlmRefused(model.name, "its content filter stopped the answer"), retry=False)
@@ -413,14 +509,14 @@ async def _complete(asked: Asked, model: Model, plan: Plan) -> Completion:
     return Completion(text, model.name, finish, usage, tuple(calls))
 
 
-async def _rest(content: aiohttp.StreamReader, data: bytes) -> bytes:
+async def _rest(response: Response, data: bytes) -> bytes:
     parts = [data]
     size = len(data)
-    while part := await content.readany():
+    while part := await response.read():
         parts.append(part)
         size += len(part)
         if size > MAX_ANSWER_BYTES:
-            raise aiohttp.ClientPayloadError(f"the answer is over {MAX_ANSWER_BYTES} bytes")
+            raise WireError(f"the answer is over {MAX_ANSWER_BYTES} bytes")
     return b"".join(parts)
 
 

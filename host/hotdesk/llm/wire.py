@@ -47,7 +47,19 @@ class WireError(Exception):
 class Response:
     """An answer whose status and headers are there. Its body is read by `read`, or `listen` has it pushed."""
 
-    __slots__ = ("_buffer", "_connection", "_error", "_listener", "_paused", "_size", "_waiter", "ended", "headers", "status")
+    __slots__ = (
+        "_buffer",
+        "_connection",
+        "_ending",
+        "_error",
+        "_listener",
+        "_paused",
+        "_size",
+        "_waiter",
+        "ended",
+        "headers",
+        "status",
+    )
 
     def __init__(self, connection: _Connection, status: int, headers: Mapping[str, str]) -> None:
         self.status = status
@@ -62,6 +74,7 @@ class Response:
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._listener: Callable[[bytes], None] | None = None
+        self._ending: asyncio.TimerHandle | None = None
 
     @property
     def content_type(self) -> str:
@@ -123,8 +136,18 @@ class Response:
             self._wake()
         self.close()
 
+    def let_end(self, seconds: float) -> None:
+        """What still comes is of no interest; the connection is kept if the body ends within *seconds*."""
+        if self._connection is not None and self._ending is None:
+            self._buffer.clear()
+            self._listener = _ignore
+            self._resume()
+            self._ending = asyncio.get_running_loop().call_later(seconds, self.close)
+
     def close(self) -> None:
         """Hang up, if the body has not ended. It never waits."""
+        if self._ending is not None:
+            self._ending.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.response = None
@@ -152,6 +175,8 @@ class Response:
     def end(self) -> None:
         self.ended = True
         self._connection = None
+        if self._ending is not None:
+            self._ending.cancel()
         self._wake()
 
     def broken(self, error: BaseException) -> None:
@@ -163,8 +188,19 @@ class Response:
 class _Connection(asyncio.Protocol):
     """One connection. It is busy from a request to the end of its answer, and idle in the pool between."""
 
-    __slots__ = ("_head", "_headers", "_headers_done", "_parser", "_until_close", "_wire", "answer", "heard", "idle_since",
-                 "response", "transport")  # fmt: skip
+    __slots__ = (
+        "_head",
+        "_headers",
+        "_headers_done",
+        "_parser",
+        "_until_close",
+        "_wire",
+        "answer",
+        "heard",
+        "idle_since",
+        "response",
+        "transport",
+    )
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -292,6 +328,8 @@ class Wire:
         if self._proxy is not None and not self._secure:
             path = f"{parts.scheme}://{netloc}{path}"
             lines += _proxy_authorization(self._proxy)
+        self.shown_url = f"{parts.scheme}://{netloc}{parts.path}"
+        """Without what is not for a log: user, password, query."""
         self._head = "\r\n".join([f"POST {path} HTTP/1.1", *lines, "Content-Length: "]).encode("latin-1")
         self.connections: set[_Connection] = set()
         self._idle: deque[_Connection] = deque()
@@ -400,6 +438,10 @@ class Wire:
         for connection in list(self.connections):
             connection.close()
         await asyncio.sleep(0)
+
+
+def _ignore(data: bytes) -> None:
+    pass
 
 
 def _put_down(task: asyncio.Task[_Connection]) -> None:

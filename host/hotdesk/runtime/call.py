@@ -61,7 +61,7 @@ class Clock:
         self.hit = False
         """The task was cancelled from here, and that cancellation has not been dealt with."""
         self.cancelled = False
-        """Its turn was given up: what its calls raise or return from now on is nobody's failure, and nobody's answer."""
+        """Its turn was given up: what its calls raise or return from now on is nobody's failure or answer."""
         self.abandon = abandon
         self._rests = 0
         self._left = 0.0
