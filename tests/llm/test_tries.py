@@ -413,7 +413,7 @@ async def test_a_stream_that_is_closed_by_another_task_asks_nothing_more(
 ) -> None:
     """Wherever its pull stands: in the queue, connecting, before the first text, in backoff, in the stream."""
     for phase in ("queue", "connecting", "first token", "backoff", "stream"):
-        llm = await open_models(model_server.base_url, concurrency=1, retries=5)
+        llm = await open_models(model_server.base_url, concurrency=1, retries=5, first_token_s=0.6)
         model = llm.models["default"]
         model_server.requests.clear()
         script = {

@@ -4,7 +4,8 @@
 
 It keeps no journal, knows no plugins and offers no tool. `POST /whole` awaits `create()` with a prompt of 12 messages,
 `POST /stream` iterates `create(stream=True)` with it, and `GET /ws` sends each delta of that as a frame, and an empty
-one at the end. `POST /talk/{conversation}` remembers in memory what was said, text or image, and asks with all of it.
+one at the end. `POST /talk/{conversation}` remembers what was said, in memory, and asks with all of it; an image goes
+along once, so that its memory does not fill with them.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ class Bot:
         if attachments := body.get("attachments"):
             url = f"data:image/jpeg;base64,{attachments[0]['data']}"
             content = [{"type": "text", "text": content}, {"type": "image_url", "image_url": {"url": url}}]
-        said.append({"role": "user", "content": content})
-        messages: list[Any] = [{"role": "system", "content": SYSTEM}, *said]
+        messages: list[Any] = [{"role": "system", "content": SYSTEM}, *said, {"role": "user", "content": content}]
         completion = await self._client.chat.completions.create(
             model="gpt-4.1-mini", messages=messages, temperature=0.3, max_tokens=800
         )
+        said.append({"role": "user", "content": body["text"]})
         said.append({"role": "assistant", "content": completion.choices[0].message.content})
         return web.json_response({"replies": [{"text": completion.choices[0].message.content}]})
 
@@ -71,11 +72,11 @@ class Bot:
         )
 
     async def answer_stream(self, request: web.Request) -> web.Response:
-        parts: list[str] = []
+        text = ""
         async for chunk in await self._deltas((await request.json())["text"]):
             if chunk.choices and chunk.choices[0].delta.content:
-                parts.append(chunk.choices[0].delta.content)
-        return web.json_response({"replies": [{"text": "".join(parts)}]})
+                text += chunk.choices[0].delta.content
+        return web.json_response({"replies": [{"text": text}]})
 
     async def answer_frames(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(compress=False)

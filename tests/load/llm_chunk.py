@@ -2,20 +2,32 @@
 
 Beside it a bare aiohttp server that iterates `create(stream=True)` and sends each delta as a frame. Twice: at the pace
 of a model, where every chunk is a segment and a wake-up of its own, and in a burst, where many come in one read. From
-the CPU of a stretch the idle host's is taken off. The desk's bot is the bundled `chatgpt`.
+the CPU of a stretch the idle host's is taken off. The desk's bot is the bundled `chatgpt`. The floor under both is a
+relay that only copies the bytes: what the loop and the kernel take for a chunk of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from contextlib import AsyncExitStack
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 from tests.load.client import hold_gc
 from tests.load.hosts import Server
-from tests.load.llm_servers import running_bot, running_desk, running_model
-from tests.load.llm_visitors import FAULTS, BotVisitor, DeskVisitor, faults_of, tokens_of, wait_for
+from tests.load.llm_servers import running_bot, running_desk, running_model, running_relay
+from tests.load.llm_visitors import (
+    FAULTS,
+    BotVisitor,
+    DeskVisitor,
+    ModelReader,
+    Visitor,
+    faults_of,
+    tokens_of,
+    wait_first,
+    wait_for,
+)
 from tests.load.report import Figure, run_main
 
 __all__ = ["measure"]
@@ -25,47 +37,63 @@ STREAMS, RATE = 100, 20
 
 BURST_STREAMS, BURST_TOKENS = 8, 1_000
 RAMP_S = 1.0
+IDLE_S = 3.0
 MOST_US = 20.0
 LEAST_TIMES = 10.0
 
-Kind = type[DeskVisitor] | type[BotVisitor]
+Kind = Callable[[], Visitor]
 
 
 async def measure(short: bool) -> list[Figure]:
-    """Both servers in turn, round after round; the medians."""
+    """All servers in turn, round after round; the medians."""
     rounds, seconds, asks = (1, 2.0, 2) if short else (3, 10.0, 4)
     tokens = round((seconds + 2 * RAMP_S) * RATE)
-    faults: Counter[str] = Counter()
-    costs: dict[str, list[float]] = {name: [] for name in ("paced desk", "paced bare", "burst desk", "burst bare")}
-    async with AsyncExitStack() as stack:
-        model = await stack.enter_async_context(running_model())
-        for mode, url in (
-            ("paced", f"http://127.0.0.1:{model.port}/{tokens}/{RATE}/v1"),
-            ("burst", f"http://127.0.0.1:{model.port}/{BURST_TOKENS}/0/v1"),
-        ):
-            async with running_desk("llm-chunk", url) as desk, running_bot(url) as bot:
-                for number in range(rounds):
-                    for name, server, kind in (("desk", desk, DeskVisitor), ("bare", bot, BotVisitor)):
-                        if mode == "paced":
-                            cost, found = await paced(server, kind, number, seconds, tokens)
-                        else:
-                            await burst(server, kind, f"warm{number}", 1)
-                            cost, found = await burst(server, kind, f"burst{number}", asks)
-                        costs[f"{mode} {name}"].append(cost)
-                        faults += found
-    us = {name: median(found) for name, found in costs.items()}
-    figures = []
-    for mode, words in (("paced", f"at {RATE}/s in {STREAMS} streams"), ("burst", "in a burst")):
-        desk_us, bare_us = us[f"{mode} desk"], us[f"{mode} bare"]
-        figures += [
-            Figure(f"a chunk {words}", desk_us, "µs of CPU", at_most=MOST_US),
-            Figure(f"create(stream=True), a chunk {words}", bare_us, "µs of CPU"),
-            Figure("the one beside the other", bare_us / desk_us, "times", at_least=LEAST_TIMES),
+    run = Run()
+    async with running_model() as model, running_relay(model) as relay:
+        path = f"/{tokens}/{RATE}/v1"
+        url = f"http://127.0.0.1:{model.port}"
+        async with running_desk("llm-chunk", url + path) as desk, running_bot(url + path) as bot:
+            for number in range(rounds):
+                run.note("paced desk", *await paced(desk, DeskVisitor, number, seconds, tokens))
+                run.note("paced bare", *await paced(bot, BotVisitor, number, seconds, tokens))
+                reader = partial(ModelReader, f"{path}/chat/completions")
+                run.note("paced relay", *await paced(relay, reader, number, seconds, tokens))
+        url += f"/{BURST_TOKENS}/0/v1"
+        async with running_desk("llm-chunk", url) as desk, running_bot(url) as bot:
+            for number in range(rounds + 1):
+                for name, server, kind in (("burst desk", desk, DeskVisitor), ("burst bare", bot, BotVisitor)):
+                    found = await burst(server, kind, f"burst{number}", asks if number else 1)
+                    if number:  # the first round warms up
+                        run.note(name, *found)
+    return [
+        *run.compare("paced", f"at {RATE}/s in {STREAMS} streams"),
+        Figure("the same by a relay that only copies", median(run.costs["paced relay"]), "µs of CPU"),
+        *run.compare("burst", "in a burst"),
+        *(Figure(kind, run.faults[kind], at_most=0) for kind in FAULTS),
+    ]
+
+
+class Run:
+    """What was found so far: CPU a chunk in µs, and what was wrong."""
+
+    def __init__(self) -> None:
+        self.costs: defaultdict[str, list[float]] = defaultdict(list)
+        self.faults: Counter[str] = Counter()
+
+    def note(self, name: str, cost: float, faults: Counter[str]) -> None:
+        self.costs[name].append(cost)
+        self.faults += faults
+
+    def compare(self, mode: str, words: str) -> list[Figure]:
+        desk, bare = median(self.costs[f"{mode} desk"]), median(self.costs[f"{mode} bare"])
+        return [
+            Figure(f"a chunk {words}", desk, "µs of CPU", at_most=MOST_US),
+            Figure(f"create(stream=True), a chunk {words}", bare, "µs of CPU"),
+            Figure(f"the one beside the other, {words}", bare / desk, "times", at_least=LEAST_TIMES),
         ]
-    return [*figures, *(Figure(kind, faults[kind], at_most=0) for kind in FAULTS)]
 
 
-async def seated(server: Server, kind: Kind, name: str, number: int) -> list[DeskVisitor | BotVisitor]:
+async def seated(server: Server, kind: Kind, name: str, number: int) -> list[Visitor]:
     """That many visitors, each in a conversation of its own."""
     visitors = [kind() for _ in range(number)]
     await asyncio.gather(*(visitor.come(server.port, f"{name}-{n}") for n, visitor in enumerate(visitors)))
@@ -80,25 +108,22 @@ async def idle_cores(server: Server, seconds: float) -> float:
     return (server.usage().cpu_s - before) / seconds
 
 
-async def paced(
-    server: Server, kind: Kind, number: int, seconds: float, tokens: int
-) -> tuple[float, Counter[str]]:
+async def paced(server: Server, kind: Kind, number: int, seconds: float, tokens: int) -> tuple[float, Counter[str]]:
     """CPU a chunk in µs while all streams are in their middle, and what was wrong."""
     visitors = await seated(server, kind, f"paced{number}", STREAMS)
-    idle = await idle_cores(server, seconds / 3)
+    idle = await idle_cores(server, IDLE_S)
     with hold_gc():
         for visitor in visitors:  # not in step: each chunk comes alone
             visitor.ask()
             await asyncio.sleep(RAMP_S / STREAMS)
-        while not all(visitor.heard[0].texts for visitor in visitors):
-            await asyncio.sleep(0.01)
+        await wait_first(visitors, 30.0)
         cpu_s, heard = server.usage().cpu_s, tokens_of(visitors)
         await asyncio.sleep(seconds)
         cpu_s, heard = server.usage().cpu_s - cpu_s, tokens_of(visitors) - heard
         await wait_for(visitors, 30.0)
     for visitor in visitors:
         visitor.leave()
-    return (cpu_s - idle * seconds) / heard * 1e6, faults_of(visitors, tokens)
+    return (cpu_s - idle * seconds) / max(1, heard) * 1e6, faults_of(visitors, tokens)
 
 
 async def burst(server: Server, kind: Kind, name: str, asks: int) -> tuple[float, Counter[str]]:
@@ -112,7 +137,7 @@ async def burst(server: Server, kind: Kind, name: str, asks: int) -> tuple[float
     cpu_s = server.usage().cpu_s - before
     for visitor in visitors:
         visitor.leave()
-    return cpu_s / tokens_of(visitors) * 1e6, faults_of(visitors, BURST_TOKENS)
+    return cpu_s / max(1, tokens_of(visitors)) * 1e6, faults_of(visitors, BURST_TOKENS)
 
 
 if __name__ == "__main__":

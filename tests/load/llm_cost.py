@@ -8,7 +8,7 @@ conversations are under way at once, so that commits are shared as they are in s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from itertools import count
 from statistics import median
@@ -88,8 +88,8 @@ async def one_round(
     spent, after = server.usage().cpu_s - before, await read_stats(model)
     costs.failed += load.failed
     if counted:
-        costs.ms.append(spent / load.answered * 1000)
-        costs.messages = (after.messages - stats.messages) / (after.requests - stats.requests)
+        costs.ms.append(spent / max(1, load.answered) * 1000)
+        costs.messages = (after.messages - stats.messages) / max(1, after.requests - stats.requests)
 
 
 def asked(conversations: list[str]) -> Iterator[bytes]:
@@ -97,7 +97,7 @@ def asked(conversations: list[str]) -> Iterator[bytes]:
     return (message_request(name, f"m{next(numbers)}", TEXT) for name in conversations)
 
 
-def is_reply(tokens: int):
+def is_reply(tokens: int) -> Callable[[int, bytes], bool]:
     """Whether an answer has the whole text of *tokens* in it."""
     whole = f'"{canned_text(tokens)}"'.encode()
     return lambda status, body: status == 200 and whole in body

@@ -146,10 +146,9 @@ class Stream:
 class ModelProtocol(asyncio.Protocol):
     """One connection; a request at a time."""
 
-    stats = {"requests": 0, "messages": 0}
-
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: Pace, stats: dict[str, int]) -> None:
         self._pace = pace
+        self._stats = stats
         self._buffer = b""
         self._transport: asyncio.Transport
 
@@ -169,7 +168,7 @@ class ModelProtocol(asyncio.Protocol):
         self._buffer = buffer
 
     def _answer(self, path: str, body: bytes) -> None:
-        stats = self.stats
+        stats = self._stats
         if not path.endswith("/chat/completions"):
             text = b'{"requests":%d,"messages":%d}' % (stats["requests"], stats["messages"])
             self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
@@ -189,8 +188,8 @@ class ModelProtocol(asyncio.Protocol):
 
 async def serve(port: int) -> None:
     """Serve until stopped."""
-    loop, pace = asyncio.get_running_loop(), Pace()
-    server = await loop.create_server(lambda: ModelProtocol(pace), "127.0.0.1", port, backlog=4096)
+    loop, pace, stats = asyncio.get_running_loop(), Pace(), {"requests": 0, "messages": 0}
+    server = await loop.create_server(lambda: ModelProtocol(pace, stats), "127.0.0.1", port, backlog=4096)
     await server.serve_forever()
 
 

@@ -14,7 +14,7 @@ import base64
 import io
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -70,7 +70,7 @@ async def measure(short: bool) -> list[Figure]:
         for row in ROWS:
             picture = jpeg() if row.picture else None
             for server, other in ((desk, False), (bot, True)):
-                asked = requests(f"w{row.name}", "/talk/{}" if other else None, row, picture, numbers)
+                asked = requests(f"warm-{row.name}", "/talk/{}" if other else None, row, picture, numbers)
                 await loaded(server, asked, 1.0)
             asked = requests(row.name, None, row, picture, numbers)
             load, cores = await with_cores(desk, nginx, loaded(desk, asked, seconds))
@@ -95,7 +95,7 @@ async def loaded(server: Server, asked: Requests, seconds: float) -> Load:
     return await closed_loop(server.port, asked, is_answered, connections=VISITORS, seconds=seconds)
 
 
-async def with_cores(desk: Server, nginx: Server, load) -> tuple[Load, dict[str, float]]:
+async def with_cores(desk: Server, nginx: Server, load: Awaitable[Load]) -> tuple[Load, dict[str, float]]:
     """A load, and how many cores each of those who took part kept busy meanwhile."""
 
     def spent() -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 import msgspec
@@ -17,7 +17,20 @@ from tests.load.client import request_bytes
 from tests.load.llm_bare import TEXT
 from tests.load.sockets import WebSocket, open_socket
 
-__all__ = ["FAULTS", "BotVisitor", "DeskVisitor", "Heard", "ModelReader", "Visitor", "faults_of", "tokens_of", "wait_for"]
+__all__ = [
+    "FAULTS",
+    "BotVisitor",
+    "DeskVisitor",
+    "Heard",
+    "ModelReader",
+    "Visitor",
+    "faults_of",
+    "tokens_of",
+    "wait_first",
+    "wait_for",
+]
+
+LOOK_S = 0.02
 
 FAULTS = ("unanswered", "failed", "lost", "doubled", "reordered", "kept otherwise than shown")
 
@@ -188,9 +201,19 @@ class ModelReader(Visitor, asyncio.Protocol):
 
 async def wait_for(visitors: Sequence[Visitor], seconds: float) -> None:
     """Wait until all have their answers, or the time is up; `faults_of` tells who has not."""
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up and not all(visitor.idle for visitor in visitors):
-        await asyncio.sleep(0.02)
+    await _wait(lambda: all(visitor.idle for visitor in visitors), seconds)
+
+
+async def wait_first(visitors: Sequence[Visitor], seconds: float) -> None:
+    """Wait until every answer has begun, or the time is up."""
+    await _wait(lambda: all(visitor.heard[-1].texts for visitor in visitors), seconds)
+
+
+async def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    for _ in range(round(seconds / LOOK_S)):
+        if condition():
+            return
+        await asyncio.sleep(LOOK_S)
 
 
 def tokens_of(visitors: Iterable[Visitor]) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.load.hosts import OUT, Server, free_port, work_folder
 from tests.load.llm_model import canned_events, canned_text, whole_answer
 
-__all__ = ["TOKENS", "running_nginx"]
+__all__ = ["TOKENS", "find_nginx", "running_nginx"]
 
 TOKENS = 8
 """In an answer, whole or streamed; nginx takes no more than 4 KiB of text in its settings."""

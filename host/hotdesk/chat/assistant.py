@@ -206,6 +206,7 @@ class Answering:
         "_ready",
         "_reply",
         "_rounds",
+        "_said",
         "_stream",
         "_turn",
         "_usage",
@@ -219,6 +220,8 @@ class Answering:
         self._model = model
         self._offered = frozenset(tool["function"]["name"] for tool in asked.tools)
         self._rounds = 0
+        self._said: list[str] = []
+        """What the model said in this round; it is to know that when it goes on after its tools' results."""
         self._usage: Usage | None = None
         self._ready: list[str] = []
         self._stream = llm._begin(asked, model)
@@ -240,6 +243,8 @@ class Answering:
             stream = self._stream
             batch = await stream.next_batch()
             if batch:
+                if self._offered:
+                    self._said += batch
                 return batch
             self._count(stream)
             if not stream.tool_calls or not self._offered or self._rounds == MAX_ROUNDS:
@@ -282,9 +287,10 @@ class Answering:
             results = await assistant.tool_calls.run(turn, turn.snapshot.tools, self._offered, calls)
         finally:
             wait.go_on()
+        text, self._said = "".join(self._said), []
         asked = {
             "role": "assistant",
-            "content": None,
+            "content": text or None,
             "tool_calls": [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in calls

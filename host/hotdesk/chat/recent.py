@@ -68,6 +68,8 @@ class Recent:
         window = self._windows.get(entry.conversation)
         if window is not None:
             self._chars += window.add(entry)
+            if self._chars > MAX_CHARS:
+                self._bound()
 
     def forget_all(self) -> None:
         """The journal lost something: hold nothing that it may not have."""

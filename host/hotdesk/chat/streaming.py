@@ -43,8 +43,7 @@ class Streams:
             if turn.abandoned or error is not None:
                 return True
             for number, text in enumerate(texts):
-                size += len(text)
-                if size > limit:
+                if (size := size + len(text)) > limit:
                     error = ("stream_cut", f"the reply is over {limit} characters")
                     self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
                     texts = texts[:number]

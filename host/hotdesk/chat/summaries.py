@@ -25,6 +25,9 @@ KEY = "summary"
 FULL = 0.75
 """A budget that is so full is near its end: the older half is put in short before anything has to be cut."""
 
+MAX_MADE = 10_000
+"""How many finished ones wait for their conversation's next turn; the oldest is made anew should it be wanted."""
+
 MAX_TOKENS = 400
 PROMPT = (
     "Put this part of a customer-service conversation in short, for the assistant who goes on with it. Keep names, "
@@ -60,7 +63,12 @@ class Summaries:
         near = prompt.cut or prompt.tokens > budget * FULL or len(told) >= ENTRIES * FULL
         if not near or len(told) < 2 or conversation in self._making:
             return
-        older = [*prompt.cut, *told[len(prompt.cut) :][: max(1, (len(told) - len(prompt.cut)) // 2)]]
+        # by seq and not by turn: `to` says that all up to it is in the summary, and what came meanwhile is not in it
+        seqs = sorted(entry.seq for entry in told if entry.seq < turn.message.seq)
+        to = seqs[: len(prompt.cut) + max(1, (len(told) - len(prompt.cut)) // 2)]
+        if not to:
+            return
+        older = [entry for entry in told if entry.seq <= to[-1]]
         before, _ = self.of(turn)
         task = self._making[conversation] = host_task(self._make(conversation, before, older, model))
         task.add_done_callback(lambda _: self._making.pop(conversation, None))
@@ -76,6 +84,8 @@ class Summaries:
             self._log.warning("summary_failed", conversation=conversation, problem=str(exc))
             return
         if answer.text:
+            while len(self._made) >= MAX_MADE:  # of conversations that nobody went on with
+                del self._made[next(iter(self._made))]
             self._made[conversation] = {"to": max(entry.seq for entry in entries), "text": answer.text}
 
     async def aclose(self) -> None:

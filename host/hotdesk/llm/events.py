@@ -98,6 +98,15 @@ class EventParser:
         """The data of the events that *data* completes. Raises `ValueError` on one over `MAX_EVENT_BYTES`."""
         if self._tail:
             data = self._tail + data
+        elif (
+            data.startswith(b"data: ")
+            and data.endswith(b"\n\n")
+            and data.count(b"\n") == 2
+            and not self._data
+            and b"\r" not in data
+            and len(data) > len(b"data: \n\n")
+        ):
+            return [data[6:-2]]  # one event that came alone, as most do
         held = b""
         if b"\r" in data:
             if data.endswith(b"\r"):  # its LF may be on its way

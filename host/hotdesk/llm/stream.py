@@ -62,6 +62,7 @@ class LlmStream:
         "_done",
         "_ended",
         "_failed",
+        "_gap_s",
         "_left_at",
         "_loop",
         "_model",
@@ -90,6 +91,7 @@ class LlmStream:
         self._timer: asyncio.TimerHandle | None = None
         self._by = INFINITE
         self._left_at = self._plan.started
+        self._gap_s = 0.0
         self._progress = False
         self._shown = False
         self._ended = False
@@ -130,7 +132,7 @@ class LlmStream:
                 return await self._first()
             if self._failed is not None:
                 raise self._failed
-            self._by = min(monotonic() + self._plan.model.settings.gap_s, self._plan.total_by)
+            self._by = min(monotonic() + self._gap_s, self._plan.total_by)
             return await self._read()
         except BaseException as exc:
             raise self._put_down(exc) from None
@@ -164,7 +166,7 @@ class LlmStream:
         if clock is not None:
             clock.rest()
         self._plan.total_by += monotonic() - self._left_at
-        self._by = min(monotonic() + self._plan.model.settings.gap_s, self._plan.total_by)
+        self._by = min(monotonic() + self._gap_s, self._plan.total_by)
         self._see_to_timer()
         done: asyncio.Future[bool] = self._loop.create_future()
         self._tell, self._done = tell, done
@@ -262,7 +264,7 @@ class LlmStream:
     async def _connect(self, model: Model) -> None:
         seconds = model.settings.first_token_s
         self._by = by = min(monotonic() + seconds, self._plan.total_by)
-        self._progress = False
+        self._progress, self._gap_s = False, model.settings.gap_s
         body = self._asked.body(model, stream=True)
         try:
             await model.enter(by, seconds)
@@ -330,12 +332,6 @@ class LlmStream:
                 return
             self._take(event, texts)
 
-    def _events(self, parser: EventParser, data: bytes) -> list[bytes]:
-        try:
-            return parser.feed(data)
-        except ValueError as exc:
-            raise Failed(LlmUnavailable(self.model, f"sent what has no end: {exc}"), retry=False) from None
-
     def _take(self, event: bytes, texts: list[str]) -> None:
         """Read one event; its text goes to *texts*. Raises `Failed`."""
         try:
@@ -366,7 +362,8 @@ class LlmStream:
 
     def _moved(self) -> None:
         """The model said something: the clock of the gap begins anew."""
-        self._by = min(monotonic() + self._plan.model.settings.gap_s, self._plan.total_by)
+        by, total_by = monotonic() + self._gap_s, self._plan.total_by
+        self._by = by if by < total_by else total_by
         if not self._progress:
             self._progress = True
             self._arm()  # a gap is shorter than the wait for the first token, for which the timer is set

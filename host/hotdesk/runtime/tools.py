@@ -26,17 +26,21 @@ class LoadedTool:
     tool: Tool
     takes_turn: bool
     validator: Any
+    parameters: frozenset[str] | None
+    """The names that its function takes; None when it takes any."""
 
     @property
     def name(self) -> str:
         return self.tool.name
 
-    def problem(self, arguments: object) -> str | None:
+    def problem(self, arguments: Any) -> str | None:
         """What is wrong with *arguments*, so that whoever wrote them can mend it; None when they fit."""
         found = []
         for error in self.validator.iter_errors(arguments):
             where = ".".join(map(str, error.instance_path))
             found.append(f"{where}: {error.message}" if where else error.message)
+        if not found and self.parameters is not None:  # a schema that leaves others open, and a function that does not
+            found += [f"there is no argument '{name}'" for name in arguments if name not in self.parameters]
         return "; ".join(found[:5]) or None
 
 
@@ -74,4 +78,6 @@ def _load(tool: Tool) -> LoadedTool:
         parameters = inspect.signature(tool.call).parameters
     except (TypeError, ValueError):
         parameters = {}  # type: ignore[assignment]
-    return LoadedTool(tool, "turn" in parameters and "turn" not in schema.get("properties", {}), validator)
+    any_name = not parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    takes_turn = "turn" in parameters and "turn" not in schema.get("properties", {})
+    return LoadedTool(tool, takes_turn, validator, None if any_name else frozenset(parameters))

@@ -241,7 +241,10 @@ class _Session:
         if self._full:
             self._hold(events)
             return True
-        self._write_frames(_wire(events[0]) if len(events) == 1 else b"".join(map(_wire, events)))
+        if self.ws.closed:
+            return True
+        # what was unsent before is below the soft bound, or it were full
+        self._transport.write(_wire(events[0]) if len(events) == 1 else b"".join(map(_wire, events)))
         unsent = self._transport.get_write_buffer_size()
         if unsent > self._door._soft:
             self._full, self._unsent, self._taken_at = True, unsent, time.monotonic()
