@@ -28,6 +28,8 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True):
     hand_over: HandOver = msgspec.field(default_factory=HandOver)
 
 
+NO_MODEL = "set HOTDESK_LLM_API_KEY, or [llm] api_key or base_url"
+
 settings = Settings()
 llm: Llm | None = None
 
@@ -39,9 +41,9 @@ async def setup(ctx: Ctx) -> None:
     try:
         llm = ctx.llm if ctx.llm.available else None
         if llm is None:
-            ctx.log.warning("no_model_set", remedy="set HOTDESK_LLM_API_KEY, or [llm] api_key or base_url")
+            ctx.log.warning("no_model_set", remedy=NO_MODEL)
     except CapabilityDenied as denied:
-        ctx.log.warning("no_model_granted", remedy=denied.problem)
+        ctx.log.warning("no_model_granted", remedy=f"{NO_MODEL}; a model that is set already needs: {denied.problem}")
 
 
 @hookimpl

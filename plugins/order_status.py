@@ -1,7 +1,8 @@
 """order_status: a tool that the language model may call. Shows how a plugin lends the model a function.
 
-Arguments are checked against `parameters` before the function is called; what it raises is told to the model, which
-may ask the visitor for a better number. A shop's real one would ask its own system through `ctx.http`.
+Arguments are checked against `parameters` before the function is called. That there is no such order is an answer,
+too: the model may ask for a better number. What a function raises is told to the model as well, but as the plugin's
+failure, and counted as one. A shop's real one would ask its own system through `ctx.http`.
 """
 
 from hotdesk_sdk import Ctx, Tool, hookimpl
@@ -16,10 +17,10 @@ PARAMETERS = {
 
 @hookimpl
 async def tools(ctx: Ctx) -> list[Tool]:
-    async def order_status(order: str) -> dict[str, str]:
+    async def order_status(order: str) -> dict[str, str] | str:
         status = ctx.config["orders"].get(order)
         if status is None:
-            raise LookupError(f"there is no order {order}")
+            return f"there is no order {order}"
         return {"order": order, "status": status}
 
     return [Tool("order_status", "Where an order is, by its number.", order_status, PARAMETERS)]

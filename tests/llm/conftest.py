@@ -18,7 +18,7 @@ from tests.llm.asking import OpenModels, models_of  # noqa: E402
 @pytest.fixture
 async def model_server() -> AsyncIterator[ModelServer]:
     """A server that says `Hello there, friend` unless it is told otherwise; at the end nothing is being answered."""
-    async with ModelServer(Script(text="Hello there, friend")) as server:
+    async with ModelServer(Script(text="Hello there, friend"), tokens_per_second=500) as server:
         yield server
 
 

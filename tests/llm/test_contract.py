@@ -33,6 +33,7 @@ from hotdesk_sdk import LlmError, LlmRefused, LlmTimeout, LlmUnavailable
 
 DIFFERS = {
     "connection": "httpx says keep-alive aloud; in HTTP/1.1 it goes without saying",
+    "accept-encoding": "ours is identity: what is packed comes late, and a stream is not to",
     "x-stainless-retry-count": "ours is made once for all requests, and says 0",
 }
 """The headers that may differ, with the reason. Nothing else may."""

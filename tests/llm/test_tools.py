@@ -1,4 +1,4 @@
-"""The functions that plugins lend the model: checked, called side by side, bounded, and told to it alone when they fail."""
+"""The functions that plugins lend the model: checked, called side by side, bounded; failures are told to it alone."""
 
 from __future__ import annotations
 

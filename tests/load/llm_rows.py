@@ -2,8 +2,9 @@
 
 nginx gives canned answers, streamed to the desk, whose bot is the bundled `chatgpt`; one host process, nginx and the
 load share the cores. 100 visitors are there at once, each asks again when it was answered. A text or an image opens a
-conversation of its own; each image is a JPEG of about 30 KiB that no other message has, so each is checked, stored and
-sent on. In the dialogue each conversation goes on for 20 turns, with all of it in the prompt.
+conversation of its own. An image is a JPEG of about 30 KiB, uploaded with each message: one that no other message has,
+so that each is checked, stored, flushed to disk and sent on; and the same one each time, which is stored once. In the
+dialogue each conversation goes on for 20 turns, with all of it in the prompt.
 
 Beside each row the bare bot on aiohttp and `openai`'s `create()`, which stores nothing, with nginx's whole answers.
 """
@@ -12,12 +13,12 @@ from __future__ import annotations
 
 import base64
 import io
-import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 from PIL import Image, ImageFilter
 from tests.load.client import Load, closed_loop, request_bytes
@@ -33,7 +34,6 @@ __all__ = ["measure"]
 
 VISITORS = 100
 TURNS = 20
-SETTINGS = "max_turns = 4096\n"
 
 Requests = Callable[[int, int], bytes]
 
@@ -43,17 +43,23 @@ class Row:
     """What is asked, and what the desk should reach."""
 
     name: str
-    picture: bool
+    picture: Literal["", "own", "same"]
     turns: int
     rate: float
     mean_ms: float
     p99_ms: float
 
+    @property
+    def key(self) -> str:
+        """For names of conversations."""
+        return self.name.replace(" ", "-")
+
 
 ROWS = (
-    Row("text", False, 1, 1423, 68, 213),
-    Row("image", True, 1, 892, 112, 345),
-    Row("dialogue", False, TURNS, 647, 154, 402),
+    Row("text", "", 1, 1423, 68, 213),
+    Row("new image", "own", 1, 892, 112, 345),
+    Row("same image", "same", 1, 892, 112, 345),
+    Row("dialogue", "", TURNS, 647, 154, 402),
 )
 
 
@@ -65,17 +71,17 @@ async def measure(short: bool) -> list[Figure]:
     async with AsyncExitStack() as stack:
         nginx = await stack.enter_async_context(running_nginx())
         url = f"http://127.0.0.1:{nginx.port}"
-        desk = await stack.enter_async_context(running_desk("llm-rows", f"{url}/stream/v1", SETTINGS))
+        desk = await stack.enter_async_context(running_desk("llm-rows", f"{url}/stream/v1"))
         bot = await stack.enter_async_context(running_bot(f"{url}/whole/v1"))
         for row in ROWS:
             picture = jpeg() if row.picture else None
             for server, other in ((desk, False), (bot, True)):
-                asked = requests(f"warm-{row.name}", "/talk/{}" if other else None, row, picture, numbers)
+                asked = requests("warm-" + row.key, "/talk/{}" if other else None, row, picture, numbers)
                 await loaded(server, asked, 1.0)
-            asked = requests(row.name, None, row, picture, numbers)
+            asked = requests(row.key, None, row, picture, numbers)
             load, cores = await with_cores(desk, nginx, loaded(desk, asked, seconds))
-            broken = await broken_records(desk, row, sample=VISITORS)
-            asked = requests(row.name, "/talk/{}", row, picture, numbers)
+            broken = await broken_records(desk, row)
+            asked = requests(row.key, "/talk/{}", row, picture, numbers)
             bare = await loaded(bot, asked, seconds / 2)
             figures += [
                 Figure(f"{row.name}: questions answered", load.rate, "turns/s", at_least=row.rate),
@@ -121,7 +127,9 @@ def requests(name: str, path: str | None, row: Row, picture: bytes | None, numbe
         number = next(numbers)
         body = b'{"id":"m%d","text":"%b"' % (number, TEXT.encode())
         if picture is not None:
-            body += b',"attachments":[{"type":"image","mime":"image/jpeg","data":"%b"}]' % own(picture, number)
+            body += b',"attachments":[{"type":"image","mime":"image/jpeg","data":"%b"}]' % (
+                own(picture, number) if row.picture == "own" else own(picture, 0)
+            )
         return request_bytes("POST", target, body + b"}")
 
     return request
@@ -147,13 +155,13 @@ def is_answered(status: int, body: bytes) -> bool:
     return status == 200 and WHOLE in body.replace(b'": "', b'":"')
 
 
-async def broken_records(server: Server, row: Row, sample: int) -> int:
-    """Of some conversations that had all their turns, how many do not have each message and then its reply."""
+async def broken_records(server: Server, row: Row) -> int:
+    """Of each visitor's first conversation, how many records do not have each message and then its reply."""
     desk = Desk(server)
     broken = 0
     try:
-        for visitor in random.sample(range(VISITORS), min(sample, VISITORS)):
-            entries = await desk.read_record(f"{row.name}-{visitor}-0", time.monotonic())
+        for visitor in range(VISITORS):
+            entries = await desk.read_record(f"{row.key}-{visitor}-0", time.monotonic())
             kinds = [entry.type for entry in entries]
             told = [entry.to for entry in entries[1::2]] == [entry.id for entry in entries[0::2]]
             whole = all(entry.text == canned_text(TOKENS) for entry in entries[1::2])

@@ -253,9 +253,14 @@ class Answering:
 
     async def push(self, tell: Callable[[list[str]], bool]) -> bool:
         """See `LlmStream.push`."""
+
+        def note(batch: list[str]) -> bool:
+            self._said += batch
+            return tell(batch)
+
         while True:
             stream = self._stream
-            if not await stream.push(tell):
+            if not await stream.push(note if self._offered else tell):
                 return False
             self._count(stream)
             if not stream.tool_calls or not self._offered or self._rounds == MAX_ROUNDS:

@@ -324,7 +324,7 @@ class _PulledOfHost(_Pulled):
         if self._ended:
             return True
         try:
-            ended: bool = await self._walled(self._chunks.push, tell)
+            ended: bool = await self._walled(getattr(self._chunks, "push", self._push_batches), tell)
         except BaseException:
             await self.aclose()
             raise
@@ -334,6 +334,12 @@ class _PulledOfHost(_Pulled):
 
     async def _pull_batch(self) -> list[str]:
         return await self._walled(self._chunks.next_batch)  # type: ignore[no-any-return]
+
+    async def _push_batches(self, tell: Callable[[list[str]], bool]) -> bool:
+        while batch := await self._chunks.next_batch():
+            if tell(batch):
+                return False
+        return True
 
     async def _walled(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         clock = self._turn.clock

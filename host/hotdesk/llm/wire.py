@@ -133,7 +133,6 @@ class Response:
         """Have whoever reads get *error*; nothing more is read of the connection."""
         if self._error is None and not self.ended:
             self._error = error
-            self._wake()
         self.close()
 
     def let_end(self, seconds: float) -> None:
@@ -152,6 +151,9 @@ class Response:
         if connection is not None:
             connection.response = None
             connection.close()
+            if self._error is None:
+                self._error = WireError("it was hung up on")
+            self._wake()  # another task may be reading
 
     def _wake(self) -> None:
         if self._listener is not None:
