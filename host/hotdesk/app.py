@@ -143,7 +143,7 @@ async def open_host(
         llm = Llm(config.llm, metrics)
         stack.push_async_callback(llm.aclose)
         await llm.open()
-        recent = Recent(backend)
+        recent = Recent(backend, eager=bool(config.llm.models))
         summaries = Summaries(llm, log)
         stack.push_async_callback(summaries.aclose)
         assistant = Assistant(llm, recent=recent, images=images, calls=calls, metrics=metrics, summaries=summaries)

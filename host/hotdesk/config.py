@@ -263,6 +263,10 @@ def _check_model(name: str, model: ModelSettings, source: str) -> None:
     parts = urlsplit(model.base_url)
     if model.base_url and (parts.scheme not in ("http", "https") or not parts.hostname):
         raise ConfigError(f"{where}.base_url", model.base_url, source, "write it as https://HOST/v1")
+    if parts.query or parts.fragment:
+        raise ConfigError(
+            f"{where}.base_url", model.base_url, source, "it ends before the ?; see api_version for Azure"
+        )
     if model.api_version and not (model.base_url and model.api_key):
         raise ConfigError(f"{where}.api_version", model.api_version, source, "Azure needs base_url and api_key too")
     if not model.base_url and not model.api_key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from model_server import ModelServer, Script
 from tests.llm.asking import settings_of
 
 from conftest import StartDesk, wait_until
+from hotdesk.chat.intake import NewMessage
 from hotdesk.config import LlmSettings
 from hotdesk_sdk.testing import Desk
 
@@ -163,18 +165,27 @@ async def assert_handed_over(desk: Any, reason: str) -> None:
 async def test_a_swap_breaks_none_of_many_live_streams(model_server: ModelServer, start_desk: StartDesk) -> None:
     """200 answers under way when the bot's file is saved go on as they began; those after it are by the new one."""
     marked = CHATGPT["chatgpt.py"].replace("system=settings.system,", "system='generation one',")
-    model_server.default = Script(
-        answers=lambda body: Script(pieces=[f" {body['messages'][0]['content'][-3:]}"] * 4, gap_s=1.2)
-    )
+    together = time.monotonic() + 3.0  # when those that begin before it end, however long it takes to begin them all
+
+    def say(body: dict[str, Any]) -> Script:
+        pieces = [f" {body['messages'][0]['content'][-3:]}"] * 4
+        return Script(pieces=pieces, gap_s=max(0.02, (together - time.monotonic()) / 3))
+
+    model_server.default = Script(answers=say)
     desk = await start_desk({**CHATGPT, "chatgpt.py": marked}, llm=models_at(model_server.base_url))
-    before = [asyncio.create_task(desk.say("go", f"c{n}")) for n in range(200)]
+    before = [asyncio.create_task(finish(desk, f"c{n}")) for n in range(200)]
     await wait_until(lambda: sum(seen.content > 0 for seen in model_server.requests) == 200, "200 streams", 20)
     desk.write("chatgpt.py", marked.replace("generation one", "generation two"))
     await desk.wait_generation("chatgpt", 2)
-    assert model_server.open > 100  # of them all were, when it was saved
-    after = [asyncio.create_task(desk.say("go", f"d{n}")) for n in range(5)]
+    assert model_server.open == 200
+    after = [asyncio.create_task(finish(desk, f"d{n}")) for n in range(5)]
     for tasks, number, word in ((before, 1, " one"), (after, 2, " two")):
-        for said in await asyncio.gather(*tasks):
-            [reply] = said["replies"]
-            assert (reply["text"], reply["generation"]) == (word * 4, number)
-            assert "cut" not in reply["metadata"]
+        for ended in await asyncio.gather(*tasks):
+            [reply] = ended.replies
+            assert (ended.error, reply.text, reply.generation) == (None, word * 4, number)
+            assert "cut" not in reply.metadata
+
+
+async def finish(desk: Any, conversation: str) -> Any:
+    accepted = await desk.host.intake.accept(NewMessage(conversation, "go"), door="test")
+    return await accepted.turn.wait_ended()

@@ -15,6 +15,7 @@ from tests.llm.asking import settings_of
 
 from conftest import Desk, StartDesk, wait_until
 from hotdesk.backend import Backend, Entry, StoredReply, TurnEnd, open_backend
+from hotdesk.chat.intake import NewMessage
 from hotdesk.chat.prompt import MAX_IMAGES, Prompt, build_prompt, estimate_tokens, image_tokens, in_turn_order
 from hotdesk.chat.recent import ENTRIES, MAX_CHARS, Recent
 from hotdesk.config import LlmSettings, PluginSettings

@@ -166,6 +166,10 @@ class PluginLlm:
         assistant, message = self._assistant, turn.message
         entries = await assistant.recent.newest(message.conversation, ENTRIES)
         before = in_turn_order(entries, message.seq)
+        if not before and message.seq > 1:  # so many wait behind this one that nothing older was among the newest
+            before = in_turn_order(
+                await assistant.recent.history(message.conversation, message.seq, ENTRIES), message.seq
+            )
         summary = ""
         if summarise:
             summary, covered = assistant.summaries.of(turn)

@@ -54,10 +54,11 @@ class _Window:
 
 
 class Recent:
-    """The windows of all conversations that were looked back at."""
+    """The windows of all conversations that were looked back at; with *eager*, of those that began here, too."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, eager: bool = False) -> None:
         self._backend = backend
+        self._eager = eager
         self._windows: OrderedDict[str, _Window] = OrderedDict()
         self._chars = 0
         self.hits = 0
@@ -66,10 +67,14 @@ class Recent:
     def note(self, entry: Entry) -> None:
         """*entry* is on disk."""
         window = self._windows.get(entry.conversation)
-        if window is not None:
-            self._chars += window.add(entry)
-            if self._chars > MAX_CHARS:
-                self._bound()
+        if window is None:
+            if not self._eager or entry.seq != 1:
+                return
+            window = self._windows[entry.conversation] = _Window()  # nothing was said before: there is nothing to read
+            window.loading, window.complete = False, True
+        self._chars += window.add(entry)
+        if self._chars > MAX_CHARS:
+            self._bound()
 
     def forget_all(self) -> None:
         """The journal lost something: hold nothing that it may not have."""

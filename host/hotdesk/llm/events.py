@@ -21,6 +21,16 @@ LINE_BYTES = 64
 """What a line of data costs beside its text; an event in millions of empty lines is over the bound, too."""
 
 
+class Counted(msgspec.Struct, frozen=True):
+    """Usage as it comes; some servers know one of the two, or none."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens or 0, self.completion_tokens or 0)
+
+
 class _Function(msgspec.Struct, frozen=True):
     name: str | None = None
     arguments: str | None = None
@@ -52,7 +62,7 @@ class Chunk(msgspec.Struct, frozen=True):
     """One event of a streamed completion."""
 
     choices: list[_Choice] | None = None
-    usage: Usage | None = None
+    usage: Counted | None = None
     error: Any = None
     message: Any = None
 
@@ -72,7 +82,7 @@ class Answer(msgspec.Struct, frozen=True):
     """A completion that came whole."""
 
     choices: list[_Said] | None = None
-    usage: Usage | None = None
+    usage: Counted | None = None
     error: Any = None
     message: Any = None
 

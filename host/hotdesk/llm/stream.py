@@ -356,7 +356,7 @@ class LlmStream:
                 if delta.content or delta.tool_calls or delta.refusal or delta.reasoning_content or delta.reasoning:
                     self._moved()
         if chunk.usage is not None:
-            self.usage = chunk.usage
+            self.usage = chunk.usage.usage()
         if chunk.error:
             raise Failed(LlmUnavailable(self.model, _reason(self._plan.model, chunk.error)), retry=True)
 
@@ -533,7 +533,12 @@ def _answer(model: Model, body: bytes) -> tuple[str, str, Usage | None, list[Too
                  (call.function.arguments if call.function else "") or "")
         for call in said.message.tool_calls or ()
     ]  # fmt: skip
-    return said.message.content or said.message.refusal or "", said.finish_reason or "stop", answer.usage, calls
+    return (
+        said.message.content or said.message.refusal or "",
+        said.finish_reason or "stop",
+        answer.usage.usage() if answer.usage else None,
+        calls,
+    )
 
 
 def _reason(model: Model, error: Any) -> str:
