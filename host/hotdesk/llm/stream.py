@@ -528,6 +528,7 @@ def _answer(model: Model, body: bytes) -> tuple[str, str, Usage | None, list[Too
     said = answer.choices[0] if answer.choices else None
     if said is None or said.message is None:
         raise Failed(LlmUnavailable(model.name, "sent an answer without a message"), retry=True)
+    usage = answer.usage.usage() if answer.usage else None
     calls = [
         ToolCall(call.id or "", (call.function.name if call.function else "") or "",
                  (call.function.arguments if call.function else "") or "")
