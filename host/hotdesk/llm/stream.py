@@ -534,12 +534,7 @@ def _answer(model: Model, body: bytes) -> tuple[str, str, Usage | None, list[Too
                  (call.function.arguments if call.function else "") or "")
         for call in said.message.tool_calls or ()
     ]  # fmt: skip
-    return (
-        said.message.content or said.message.refusal or "",
-        said.finish_reason or "stop",
-        answer.usage.usage() if answer.usage else None,
-        calls,
-    )
+    return said.message.content or said.message.refusal or "", said.finish_reason or "stop", usage, calls
 
 
 def _reason(model: Model, error: Any) -> str:
