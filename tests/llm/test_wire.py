@@ -12,7 +12,8 @@ import pytest
 import trustme
 
 from conftest import wait_until
-from hotdesk.llm.wire import HIGH_WATER_BYTES, Response, Wire, WireError
+from hotdesk.llm.connection import HIGH_WATER_BYTES, Response, WireError
+from hotdesk.llm.wire import Wire
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[bool]]

@@ -12,7 +12,8 @@ from ..config import LlmSettings
 from ..metrics import Metrics
 from .model import Model
 from .request import Asked
-from .stream import LlmStream, Resting, complete
+from .stream import LlmStream
+from .whole import Resting, complete
 
 __all__ = ["Llm"]
 

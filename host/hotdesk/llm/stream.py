@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
-from hotdesk_sdk import Completion, LlmError, LlmRefused, LlmTimeout, LlmUnavailable, ToolCall, Usage
+from hotdesk_sdk import LlmError, LlmRefused, LlmTimeout, LlmUnavailable, ToolCall, Usage
 
-from .events import EventParser, ToolDelta, decode_answer, decode_chunk
+from .events import EventParser, ToolDelta, decode_chunk
 from .model import Model
 from .request import TRANSIENT, Asked, Failed, Plan, post
-from .wire import Response, WireError
+from .whole import MAX_ANSWER_BYTES, Resting, answer_of, read_rest, reason_of
+from .wire import Response
 
-__all__ = ["LlmStream", "Resting", "complete"]
+__all__ = ["LlmStream", "Tell"]
 
 END_S = 1.0
 """How long a connection may take to end its body after the last event; then it is closed and not used again."""
@@ -27,7 +27,6 @@ BROKE_OFF = "the language model broke off"
 
 HUNG_UP = "it was hung up on"
 
-MAX_ANSWER_BYTES = 16 * 1024 * 1024
 MAX_TOOL_CALLS = 128
 
 monotonic = time.monotonic
@@ -35,13 +34,6 @@ INFINITE = float("inf")
 
 Tell = Callable[[list[str]], bool]
 """Takes the texts that came together; true when nobody can take more."""
-
-
-class Resting(Protocol):
-    """The clock of whoever waits; it stands still meanwhile, for the model has clocks of its own."""
-
-    def rest(self) -> None: ...
-    def go_on(self) -> None: ...
 
 
 class LlmStream:
@@ -296,7 +288,7 @@ class LlmStream:
             try:
                 data = await response.read()
                 if parser is None:
-                    self._take_whole(await _rest(response, data), texts)
+                    self._take_whole(await read_rest(response, data), texts)
                     return texts
             except (LlmTimeout, *TRANSIENT) as exc:
                 raise self._broken(exc) from None
@@ -358,7 +350,7 @@ class LlmStream:
         if chunk.usage is not None:
             self.usage = chunk.usage.usage()
         if chunk.error:
-            raise Failed(LlmUnavailable(self.model, _reason(self._plan.model, chunk.error)), retry=True)
+            raise Failed(LlmUnavailable(self.model, reason_of(self._plan.model, chunk.error)), retry=True)
 
     def _moved(self) -> None:
         """The model said something: the clock of the gap begins anew."""
@@ -387,7 +379,7 @@ class LlmStream:
 
     def _take_whole(self, body: bytes, texts: list[str]) -> None:
         """An answer that came in one piece, of a server that does not stream."""
-        text, self.finish, self.usage, self.tool_calls = _answer(self._plan.model, body)
+        text, self.finish, self.usage, self.tool_calls = answer_of(self._plan.model, body)
         if text:
             texts.append(text)
         self._finish()
@@ -453,92 +445,3 @@ def _hang_up(model: Model | None, response: Response | None, timer: asyncio.Time
         response.close()
     if model is not None:
         model.leave()
-
-
-# -- whole answers -------------------------------------------------------------------------------------------------
-
-
-async def complete(asked: Asked, models: Sequence[Model], clock: Resting | None = None) -> Completion:
-    """Ask for a whole answer. Raises `LlmError`."""
-    plan = Plan(models)
-    if clock is not None:
-        clock.rest()
-    try:
-        while True:
-            model = plan.model
-            try:
-                return await _complete(asked, model, plan)
-            except Failed as failed:
-                model.count("failed", None)
-                await plan.after(failed)
-            except asyncio.CancelledError:
-                model.count("cancelled", None)
-                raise
-    finally:
-        if clock is not None:
-            clock.go_on()
-
-
-async def _complete(asked: Asked, model: Model, plan: Plan) -> Completion:
-    body = asked.body(model, stream=False)
-    seconds = model.settings.total_s
-    try:
-        await model.enter(plan.total_by, seconds)
-    except LlmError as exc:
-        raise Failed(exc, retry=False) from None
-    response = None
-    try:
-        async with asyncio.timeout(plan.total_by - monotonic()):
-            response = await post(model, body, plan.total_by, seconds, "total")
-            answer = await _rest(response, b"")
-        text, finish, usage, calls = _answer(model, answer)
-        if finish == "content_filter" and not text:
-            raise Failed(LlmRefused(model.name, "its content filter stopped the answer"), retry=False)
-    except TimeoutError:
-        raise Failed(LlmTimeout(model.name, "total", seconds), retry=False) from None
-    except TRANSIENT as exc:
-        raise Failed(LlmUnavailable(model.name, model.in_words(exc)), retry=True) from None
-    finally:
-        if response is not None:
-            response.close()  # does nothing to one that was read to its end
-        model.leave()
-    model.count("answered", usage)
-    return Completion(text, model.name, finish, usage, tuple(calls))
-
-
-async def _rest(response: Response, data: bytes) -> bytes:
-    parts = [data]
-    size = len(data)
-    while part := await response.read():
-        parts.append(part)
-        size += len(part)
-        if size > MAX_ANSWER_BYTES:
-            raise WireError(f"the answer is over {MAX_ANSWER_BYTES} bytes")
-    return b"".join(parts)
-
-
-def _answer(model: Model, body: bytes) -> tuple[str, str, Usage | None, list[ToolCall]]:
-    """Text, reason to end, usage and tool calls of a whole answer. Raises `Failed`."""
-    try:
-        answer = decode_answer(body)
-    except ValueError as exc:
-        raise Failed(LlmUnavailable(model.name, f"sent an answer that can't be read: {exc}"), retry=True) from None
-    if answer.error:
-        raise Failed(LlmUnavailable(model.name, _reason(model, answer.error)), retry=True)
-    said = answer.choices[0] if answer.choices else None
-    if said is None or said.message is None:
-        raise Failed(LlmUnavailable(model.name, "sent an answer without a message"), retry=True)
-    usage = answer.usage.usage() if answer.usage else None
-    calls = [
-        ToolCall(call.id or "", (call.function.name if call.function else "") or "",
-                 (call.function.arguments if call.function else "") or "")
-        for call in said.message.tool_calls or ()
-    ]  # fmt: skip
-    return said.message.content or said.message.refusal or "", said.finish_reason or "stop", usage, calls
-
-
-def _reason(model: Model, error: Any) -> str:
-    """The provider's own words, wherever it put them, and without the key."""
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return model.official.hide(str(error))

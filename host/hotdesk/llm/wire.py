@@ -1,9 +1,4 @@
-"""The connections to one provider: HTTP/1.1, kept alive, and read as the bytes come.
-
-Parsed by httptools. Its own, and not a client library's, for the cost of a chunk: what arrives goes from the socket's
-callback straight to whoever takes it, with no task, future or buffer between; through aiohttp a chunk costs the host
-twice as much.
-"""
+"""The way to one provider: connections that are made, kept alive and used again."""
 
 from __future__ import annotations
 
@@ -14,302 +9,23 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import aiohappyeyeballs
-import httptools
+
+from .connection import MAX_HEAD_BYTES, Connection, Response, WireError
 
 __all__ = ["Response", "Wire", "WireError"]
 
 KEEP_ALIVE_S = 60.0
 """How long an unused connection is kept."""
 
-HIGH_WATER_BYTES = 256 * 1024
-"""How much of a body is held for who does not read; then the socket is not read any more, so the provider waits."""
-
-MAX_HEAD_BYTES = 64 * 1024
 HAPPY_EYEBALLS_S = 0.25
 """How long an address is tried before the next is tried beside it (RFC 8305)."""
 
 monotonic = time.monotonic
-
-
-class WireError(Exception):
-    """A connection that could not be made, or broke, or said what is no HTTP. `unheard`: no byte of an answer came."""
-
-    def __init__(self, text: str, *, unheard: bool = False) -> None:
-        self.unheard = unheard
-        super().__init__(text)
-
-
-class Response:
-    """An answer whose status and headers are there. Its body is read by `read`, or `listen` has it pushed."""
-
-    __slots__ = (
-        "_buffer",
-        "_connection",
-        "_ending",
-        "_error",
-        "_listener",
-        "_paused",
-        "_size",
-        "_waiter",
-        "ended",
-        "headers",
-        "status",
-    )
-
-    def __init__(self, connection: _Connection, status: int, headers: Mapping[str, str]) -> None:
-        self.status = status
-        self.headers = headers
-        """Names in lower case; of several of one name, the last."""
-        self.ended = False
-        """All of the body has come."""
-        self._connection: _Connection | None = connection
-        self._buffer: list[bytes] = []
-        self._size = 0
-        self._paused = False
-        self._error: BaseException | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._listener: Callable[[bytes], None] | None = None
-        self._ending: asyncio.TimerHandle | None = None
-
-    @property
-    def content_type(self) -> str:
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    async def read(self) -> bytes:
-        """What came since the last read, or comes next; empty at the end. Raises `WireError`, or what `fail` said."""
-        while not self._buffer:
-            if self._error is not None:
-                raise self._error
-            if self.ended:
-                return b""
-            waiter = self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await waiter
-            finally:
-                self._waiter = None
-        data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
-        self._buffer.clear()
-        self._size = 0
-        self._resume()
-        return data
-
-    def listen(self, listener: Callable[[bytes], None] | None) -> None:
-        """Have *listener* called with each piece of the body as it comes, and with an empty one at the end or failure.
-
-        What had come before is read by `read` first. It must not raise. None: pieces are held for `read` again.
-        """
-        self._listener = listener
-        if listener is not None:
-            self._resume()
-
-    @property
-    def error(self) -> BaseException | None:
-        """Why there is no more, where that is not the end of the body."""
-        return self._error
-
-    @property
-    def waiting(self) -> bool:
-        """Whether something is there to `read` at once."""
-        return bool(self._buffer) or self.ended or self._error is not None
-
-    def pause(self) -> None:
-        """Read no more of the socket until somebody reads here."""
-        if not self._paused and self._connection is not None:
-            self._paused = True
-            self._connection.transport.pause_reading()
-
-    def _resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            if self._connection is not None:
-                self._connection.transport.resume_reading()
-
-    def fail(self, error: BaseException) -> None:
-        """Have whoever reads get *error*; nothing more is read of the connection."""
-        if self._error is None and not self.ended:
-            self._error = error
-        self.close()
-
-    def let_end(self, seconds: float) -> None:
-        """What still comes is of no interest; the connection is kept if the body ends within *seconds*."""
-        if self._connection is not None and self._ending is None:
-            self._buffer.clear()
-            self._listener = _ignore
-            self._resume()
-            self._ending = asyncio.get_running_loop().call_later(seconds, self.close)
-
-    def close(self) -> None:
-        """Hang up, if the body has not ended. It never waits."""
-        if self._ending is not None:
-            self._ending.cancel()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.response = None
-            connection.close()
-            if self._error is None:
-                self._error = WireError("it was hung up on")
-            self._wake()  # another task may be reading
-
-    def _wake(self) -> None:
-        if self._listener is not None:
-            self._listener(b"")
-        elif self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    # -- called by the connection ----------------------------------------------------------------------------------
-
-    def feed(self, data: bytes) -> None:
-        if self._listener is not None:
-            self._listener(data)
-            return
-        self._buffer.append(data)
-        self._size += len(data)
-        if self._size > HIGH_WATER_BYTES:
-            self.pause()
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def end(self) -> None:
-        self.ended = True
-        self._connection = None
-        if self._ending is not None:
-            self._ending.cancel()
-        self._wake()
-
-    def broken(self, error: BaseException) -> None:
-        self._error = error
-        self._connection = None
-        self._wake()
-
-
-class _Connection(asyncio.Protocol):
-    """One connection. It is busy from a request to the end of its answer, and idle in the pool between."""
-
-    __slots__ = (
-        "_head",
-        "_headers",
-        "_headers_done",
-        "_parser",
-        "_until_close",
-        "_wire",
-        "answer",
-        "heard",
-        "idle_since",
-        "response",
-        "transport",
-    )
-
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
-        self.transport: asyncio.Transport
-        self.response: Response | None = None
-        self.answer: asyncio.Future[Response] | None = None
-        self.idle_since = 0.0
-        self.heard = False
-        self._begin()
-
-    def _begin(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
-        self._headers: dict[str, str] = {}
-        self._head = 0
-        self._headers_done = False
-        self._until_close = False
-        self.heard = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "pause_reading")
-        self.transport = transport  # type: ignore[assignment]
-        self._wire.connections.add(self)
-
-    def ask(self, request: bytes, answer: asyncio.Future[Response]) -> None:
-        """Send *request*; *answer* is told when the headers of its response are there."""
-        self._begin()
-        self.answer = answer
-        self.transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        self.heard = True
-        if not self._headers_done:
-            self._head += len(data)
-        if self.answer is None and self.response is None:  # idle, or hung up on: what comes now is nobody's
-            self.close()
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as exc:
-            self._break(WireError(f"it answered with what is no HTTP: {exc}"))
-            return
-        if not self._headers_done and self._head > MAX_HEAD_BYTES:
-            self._break(WireError(f"the head of its answer is over {MAX_HEAD_BYTES} bytes"))
-
-    def eof_received(self) -> None:
-        self._lost("it closed the connection before the end of its answer")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._wire.connections.discard(self)
-        self._lost(f"the connection broke: {exc}" if exc else "it closed the connection before the end of its answer")
-
-    def _lost(self, why: str) -> None:
-        if self.response is not None and self._until_close:
-            response, self.response = self.response, None
-            response.end()
-        self._break(WireError(why, unheard=not self.heard))
-
-    def _break(self, error: WireError) -> None:
-        answer, self.answer = self.answer, None
-        if answer is not None and not answer.done():
-            answer.set_exception(error)
-        response, self.response = self.response, None
-        if response is not None:
-            response.broken(error)
-        self.close()
-
-    def close(self) -> None:
-        """Hang up at once."""
-        self.response = self.answer = None
-        self._wire.connections.discard(self)
-        self.transport.abort()
-
-    # -- called by the parser --------------------------------------------------------------------------------------
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.decode("latin-1").lower()] = value.decode("utf-8", "replace")
-
-    def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if status < 200:
-            return  # an interim answer: the one that counts follows
-        self._headers_done = True
-        headers = self._headers
-        self._until_close = "content-length" not in headers and "transfer-encoding" not in headers
-        answer, self.answer = self.answer, None
-        if answer is None or answer.done():
-            return
-        self.response = Response(self, status, headers)
-        answer.set_result(self.response)
-
-    def on_body(self, data: bytes) -> None:
-        if self.response is not None:
-            self.response.feed(data)
-
-    def on_message_complete(self) -> None:
-        if not self._headers_done:
-            self._headers.clear()
-            return
-        response, self.response = self.response, None
-        if response is None:
-            return
-        keep = self._parser.should_keep_alive() and not self._until_close
-        response.end()
-        if keep:
-            self._wire.give_back(self)
-        else:
-            self.close()
 
 
 class Wire:
@@ -333,8 +49,8 @@ class Wire:
         self.shown_url = f"{parts.scheme}://{netloc}{parts.path}"
         """Without what is not for a log: user, password, query."""
         self._head = "\r\n".join([f"POST {path} HTTP/1.1", *lines, "Content-Length: "]).encode("latin-1")
-        self.connections: set[_Connection] = set()
-        self._idle: deque[_Connection] = deque()
+        self.connections: set[Connection] = set()
+        self._idle: deque[Connection] = deque()
         self._expiry: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -360,14 +76,14 @@ class Wire:
                 connection.close()
                 raise
 
-    def _reuse(self) -> _Connection | None:
+    def _reuse(self) -> Connection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection in self.connections and not connection.transport.is_closing():
                 return connection
         return None
 
-    def give_back(self, connection: _Connection) -> None:
+    def give_back(self, connection: Connection) -> None:
         """A connection is free."""
         if self._closed or connection.transport.is_closing():
             connection.close()
@@ -388,7 +104,7 @@ class Wire:
             wait = max(0.1, KEEP_ALIVE_S - (now - self._idle[0].idle_since))
             self._expiry = asyncio.get_running_loop().call_later(wait, self._expire)
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> Connection:
         """A new connection, made in a context of its own: it outlives the turn that wanted it."""
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._open(), context=contextvars.Context())
@@ -399,7 +115,7 @@ class Wire:
             task.add_done_callback(_put_down)
             raise
 
-    async def _open(self) -> _Connection:
+    async def _open(self) -> Connection:
         async with asyncio.timeout(self._connect_s):
             far = (self.host, self.port) if self._proxy is None else _address(self._proxy)
             sock = await _dial(*far)
@@ -409,7 +125,7 @@ class Wire:
                 loop = asyncio.get_running_loop()
                 server = self.host if self._secure else None
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self), sock=sock, ssl=self._context, server_hostname=server
+                    lambda: Connection(self), sock=sock, ssl=self._context, server_hostname=server
                 )
             except BaseException:
                 sock.close()
@@ -442,11 +158,7 @@ class Wire:
         await asyncio.sleep(0)
 
 
-def _ignore(data: bytes) -> None:
-    pass
-
-
-def _put_down(task: asyncio.Task[_Connection]) -> None:
+def _put_down(task: asyncio.Task[Connection]) -> None:
     """A connection that was given up came about all the same."""
     if not task.cancelled() and task.exception() is None:
         task.result().close()
