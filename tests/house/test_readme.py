@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ADMIN_TOKEN, StartDesk, wait_until
+from hotdesk.config import load_config
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
@@ -74,6 +75,17 @@ async def test_the_readme_runs(start_desk: StartDesk, tmp_path: Path) -> None:
                 ),
                 f"the change of {command!r} to be taken or refused",
             )
+
+
+@pytest.mark.parametrize("readme", ["README.md", "host/README.md"])
+def test_the_settings_of_the_readmes_are_taken(readme: str, tmp_path: Path) -> None:
+    """Every block of settings is a settings file."""
+    blocks = [body for language, body in FENCE.findall((ROOT / readme).read_text()) if language == "toml"]
+    assert blocks
+    for block in blocks:
+        file = tmp_path / "hotdesk.toml"
+        file.write_text(block.replace("…", "key"))
+        assert load_config({}, {}, file=str(file)).llm.models
 
 
 def test_the_commands_of_the_readmes_are_there() -> None:

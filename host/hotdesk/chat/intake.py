@@ -211,7 +211,7 @@ class Intake:
             counter.inc()
             told(self._begin(message, future.result()))
 
-        appending = self._backend.append(message, channel=channel, locale=new.locale)
+        appending = self._backend.append(message, channel=channel, locale=new.locale, given=new.id is not None)
         self._appending += 1
         appending.add_done_callback(appended)
 
