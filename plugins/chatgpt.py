@@ -3,7 +3,8 @@
 Without a model, or without the grant `llm`, it says so once in the log and leaves every turn to the next bot.
 """
 
-from typing import Any
+import re
+from typing import Annotated, Any
 
 import msgspec
 
@@ -19,45 +20,50 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True):
     """All of `[config]`."""
 
     model: str = ""
-    temperature: float | None = None
-    max_tokens: int | None = None
-    history_tokens: int = 4000
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    history_tokens: Annotated[int, msgspec.Meta(ge=0)] = 4000
     summarise: bool = False
     tools: bool | list[str] = True
     system: str = ""
     hand_over: HandOver = msgspec.field(default_factory=HandOver)
 
 
-NO_MODEL = "set HOTDESK_LLM_API_KEY, or [llm] api_key or base_url"
-
 settings = Settings()
+asks_for_human: re.Pattern[str]
 llm: Llm | None = None
 
 
 @hookimpl
 async def setup(ctx: Ctx) -> None:
     global llm
-    await configure(ctx, ctx.config)
     try:
-        llm = ctx.llm if ctx.llm.available else None
-        if llm is None:
-            ctx.log.warning("no_model_set", remedy=NO_MODEL)
+        llm = ctx.llm
+        if not llm.available:
+            ctx.log.warning("no_model_set", remedy="set HOTDESK_LLM_API_KEY, or [llm] in hotdesk.toml")
     except CapabilityDenied as denied:
-        ctx.log.warning("no_model_granted", remedy=f"{NO_MODEL}; a model that is set already needs: {denied.problem}")
+        ctx.log.warning("no_model_granted", remedy=denied.problem)
+    await configure(ctx.config)
 
 
 @hookimpl
-async def configure(ctx: Ctx, config: dict[str, Any]) -> bool:
-    global settings
-    settings = msgspec.convert(config, Settings)
+async def configure(config: dict[str, Any]) -> bool:
+    global settings, asks_for_human
+    new = msgspec.convert(config, Settings)
+    names = llm.models if llm is not None else ()
+    if new.model and names and new.model not in names:
+        raise ValueError(f"[config] model is {new.model!r}; [llm] in hotdesk.toml has {', '.join(names)}")
+    # words of scripts with spaces are found whole, Chinese ones anywhere
+    words = [rf"\b{re.escape(word)}\b" if word.isascii() else re.escape(word) for word in new.hand_over.words]
+    settings, asks_for_human = new, re.compile("|".join(words) or r"(?!)", re.IGNORECASE)
     return True
 
 
 @hookimpl
 async def respond(turn: Turn) -> str | Reply | None:
-    if llm is None:
+    if llm is None or not llm.available:
         return None
-    if any(word.casefold() in turn.text.casefold() for word in settings.hand_over.words):
+    if asks_for_human.search(turn.text):
         turn.conversation.hand_over("the visitor asked for a person")
         return settings.hand_over.text
     return await llm.reply(

@@ -32,7 +32,7 @@ from .chat.recent import Recent
 from .chat.summaries import Summaries
 from .chat.tools import Toolbox
 from .chat.turns import Turns
-from .config import Config
+from .config import Config, LlmSettings, read_llm_settings
 from .errors import ConfigError
 from .llm.client import Llm
 from .logs import get_log
@@ -43,11 +43,12 @@ from .runtime.call import Calls
 from .runtime.capabilities import CapabilityDoors
 from .runtime.events import Events
 from .runtime.generations import Maker
-from .runtime.guards import Guards
+from .runtime.guards import Guards, host_task
 from .runtime.plugin_metrics import PluginMetrics
 from .runtime.python import PythonLoader
 from .runtime.release import Release
 from .runtime.reload import Plugins
+from .runtime.settings_file import follow_settings
 from .runtime.stalls import StallWatch
 from .web.access import Access
 from .web.admin import Admin
@@ -83,6 +84,7 @@ class Host:
     new_admin_token: str | None
     resumed: int
     images: Images
+    llm: Llm
 
 
 @contextlib.asynccontextmanager
@@ -253,10 +255,34 @@ async def open_host(
         if config.retention_days:
             purging = asyncio.create_task(_purge(backend, recent, images, config.retention_days, log))
             stack.callback(purging.cancel)
+        if config.file:
+
+            async def take_models(settings: LlmSettings) -> None:
+                if settings != llm.settings:
+                    await llm.configure(settings)
+                    plugins.grant_llm(settings.grant)
+                    events.tell("llm_configured", models=list(llm.models), message=llm.describe())
+
+            def read_models(file: str) -> LlmSettings:
+                return read_llm_settings(file, config.llm.environ)
+
+            following = host_task(follow_settings(Path(config.file), read_models, take_models, events))
+            stack.callback(following.cancel)
         access.keep_admin_token()
         intake.open()
         yield Host(
-            config, url, backend, intake, turns, plugins, events, metrics, access.new_admin_token, resumed, images
+            config,
+            url,
+            backend,
+            intake,
+            turns,
+            plugins,
+            events,
+            metrics,
+            access.new_admin_token,
+            resumed,
+            images,
+            llm,
         )
 
 

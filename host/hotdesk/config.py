@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -26,6 +26,7 @@ __all__ = [
     "ModelSettings",
     "PluginSettings",
     "load_config",
+    "read_llm_settings",
     "read_plugin_settings",
 ]
 
@@ -82,7 +83,16 @@ class LlmSettings(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, ModelSettings] = {}
     fallback: tuple[str, ...] = ()
     grant: tuple[str, ...] = ("chatgpt",)
-    """Plugins that are granted `llm` by the operator's having set a model."""
+    """Plugins that are granted the capability `llm` here."""
+
+    key_from: str = ""
+    """Which setting or variable the first model's key came from."""
+
+    environ: dict[str, str] = {}
+    """The variables that were looked at, for when the file is read again."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self.models)} language models>"  # no key: it may be logged
 
 
 LLM_SETTINGS: tuple[str, ...] = ModelSettings.__struct_fields__
@@ -174,7 +184,7 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], *, file: s
     for name, value in flags.items():
         if value is not None:
             values[name] = _convert(name, value, "flag --" + name.replace("_", "-"), strict=False)
-    config = Config(**values, plugin_settings=plugin_settings, llm=llm, file=str(path) if path.is_file() else None)
+    config = Config(**values, plugin_settings=plugin_settings, llm=llm, file=str(path))
     _check_together(config)
     return config
 
@@ -217,31 +227,36 @@ _FROM_ENVIRONMENT = tuple(name for name in LLM_SETTINGS if name not in ("headers
 
 
 def _llm_section(section: Any, environ: Mapping[str, str], path: Path) -> LlmSettings:
-    """`[llm]`, its models, and `HOTDESK_LLM_*` over both; a key for the official client counts where none is given."""
+    """`[llm]`, its models, and `HOTDESK_LLM_*` over both; the official client's variables where neither has a key."""
     source = str(path)
     if not isinstance(section, dict):
-        raise ConfigError("llm", section, source, "write it as a table, [llm]")
+        raise ConfigError("llm", "…", source, "write it as a table, [llm]")
     own = dict(section)
     named = own.pop("models", {})
     fallback = _converted("llm.fallback", own.pop("fallback", []), tuple[str, ...], source)
     grant = _converted("llm.grant", own.pop("grant", LlmSettings().grant), tuple[str, ...], source)
     if not isinstance(named, dict) or not all(isinstance(table, dict) for table in named.values()):
-        raise ConfigError("llm.models", named, source, "write each model as a table, [llm.models.NAME]")
+        raise ConfigError("llm.models", "…", source, "write each model as a table, [llm.models.NAME]")
     values = {name: _model_setting(f"llm.{name}", value, source) for name, value in own.items()}
-    for name in _FROM_ENVIRONMENT:
-        if raw := environ.get(f"HOTDESK_LLM_{name.upper()}"):
-            values[name] = _converted(f"llm.{name}", _split_bool(name, raw), _MODEL_TYPES[name], "HOTDESK_LLM_*", False)
-    if "base_url" not in values and "api_version" not in values:
-        if not values.get("api_key") and (key := environ.get("OPENAI_API_KEY")):
-            values["api_key"] = key
-        if url := environ.get("OPENAI_BASE_URL"):
-            values["base_url"] = url
+    key_from = "[llm] api_key" if values.get("api_key") else ""
+    for variable, raw in environ.items():
+        if variable.startswith("HOTDESK_LLM_") and raw:
+            name = variable.removeprefix("HOTDESK_LLM_").lower()
+            if name not in _FROM_ENVIRONMENT:
+                raise ConfigError(variable, "…", "environment", _no_such(name, _FROM_ENVIRONMENT))
+            values[name] = _converted(f"llm.{name}", _split_bool(name, raw), _MODEL_TYPES[name], variable, False)
+            key_from = variable if name == "api_key" else key_from
+    if not values.get("api_key") and not values.get("base_url"):
+        for name, variable in (("api_key", "OPENAI_API_KEY"), ("base_url", "OPENAI_BASE_URL")):
+            if found := environ.get(variable):
+                values[name] = found
+                key_from = variable if name == "api_key" else key_from
     models: dict[str, ModelSettings] = {}
     if values.get("api_key") or values.get("base_url"):
         models["default"] = ModelSettings(**values)
     for name, table in named.items():
         if name == "default":
-            raise ConfigError("llm.models.default", table, source, "the model called default is [llm] itself")
+            raise ConfigError("llm.models.default", "…", source, "the model called default is [llm] itself")
         given = {key: _model_setting(f"llm.models.{name}.{key}", value, source) for key, value in table.items()}
         inherited = dict(values)
         if "base_url" in given:  # a key is for one provider, and is not shown to another
@@ -252,16 +267,30 @@ def _llm_section(section: Any, environ: Mapping[str, str], path: Path) -> LlmSet
         _check_model(name, model, source)
     for name in fallback:
         if name not in models:
-            known = ", ".join(models) or "none"
-            raise ConfigError("llm.fallback", name, source, f"no model is called that; there are {known}")
+            known = f"there are {', '.join(models)}" if models else f"write [llm.models.{name}]"
+            raise ConfigError("llm.fallback", name, source, f"no model is called that; {known}")
     order = [*(["default"] if "default" in models else []), *fallback, *models]
-    return LlmSettings(models={name: models[name] for name in dict.fromkeys(order)}, fallback=fallback, grant=grant)
+    return LlmSettings(
+        models={name: models[name] for name in dict.fromkeys(order)}, fallback=fallback, grant=grant, key_from=key_from,
+        environ={name: value for name, value in environ.items() if name.startswith(("HOTDESK_LLM_", "OPENAI_"))},
+    )  # fmt: skip
+
+
+def read_llm_settings(file: str, environ: Mapping[str, str]) -> LlmSettings:
+    """Only the `[llm]` of a settings file, for a host that runs. Raises `ConfigError`."""
+    path = Path(file)
+    return _llm_section(_read_document(path).get("llm", {}), environ, path)
+
+
+def _no_such(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return "there is no such setting" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _check_model(name: str, model: ModelSettings, source: str) -> None:
     where = "llm" if name == "default" else f"llm.models.{name}"
     parts = urlsplit(model.base_url)
-    if model.base_url and (parts.scheme not in ("http", "https") or not parts.hostname):
+    if model.base_url and (parts.scheme not in ("http", "https") or not parts.hostname or " " in model.base_url):
         raise ConfigError(f"{where}.base_url", model.base_url, source, "write it as https://HOST/v1")
     if parts.query or parts.fragment:
         raise ConfigError(
@@ -271,18 +300,26 @@ def _check_model(name: str, model: ModelSettings, source: str) -> None:
         raise ConfigError(f"{where}.api_version", model.api_version, source, "Azure needs base_url and api_key too")
     if not model.base_url and not model.api_key:
         raise ConfigError(f"{where}.api_key", "", source, "OpenAI needs a key; other servers need base_url")
-    for text in (model.api_key, *model.headers, *model.headers.values()):
+    headers = [("headers", text) for pair in model.headers.items() for text in pair]
+    for key, text in (("api_key", model.api_key), *headers):
         if not text.isprintable() or not text.isascii():
-            raise ConfigError(f"{where}.api_key", "…", source, "a key or header is one line of ASCII")
+            remedy = "it is one line of ASCII" + ("; is the … of an example still in it?" if "…" in text else "")
+            raise ConfigError(f"{where}.{key}", "…", source, remedy)
+    if not model.model:
+        raise ConfigError(f"{where}.model", "", source, "write the provider's name of a model")
+    proxy = urlsplit(model.proxy)
+    if model.proxy and (proxy.scheme != "http" or not proxy.hostname):
+        raise ConfigError(f"{where}.proxy", "…", source, "write it as http://HOST:PORT")
+    for key in ("messages", "stream", "stream_options", "tools"):
+        if key in model.body:
+            raise ConfigError(f"{where}.body.{key}", "…", source, "that is the host's to say")
 
 
 def _model_setting(name: str, value: Any, source: str) -> Any:
     short = name.rpartition(".")[2]
     if short not in LLM_SETTINGS:
-        near = difflib.get_close_matches(short, LLM_SETTINGS, 1)
-        raise ConfigError(
-            name, "…", source, f"there is no such setting{f'; did you mean {near[0]!r}?' if near else ''}"
-        )
+        known = [*LLM_SETTINGS, "fallback", "grant", "models"] if name.count(".") == 1 else LLM_SETTINGS
+        raise ConfigError(name, "…", source, _no_such(short, known))
     return _converted(name, value, _MODEL_TYPES[short], source)
 
 
@@ -290,7 +327,8 @@ def _converted(name: str, value: Any, to: Any, source: str, strict: bool = True)
     try:
         return msgspec.convert(value, to, strict=strict)
     except msgspec.ValidationError as exc:
-        raise ConfigError(name, "…" if "key" in name or "headers" in name else value, source, str(exc)) from exc
+        shown = "…" if "key" in name or "headers" in name or isinstance(value, dict | list) else value
+        raise ConfigError(name, shown, source, str(exc)) from exc
 
 
 def _split_bool(name: str, raw: str) -> Any:
@@ -300,11 +338,9 @@ def _split_bool(name: str, raw: str) -> Any:
 
 
 def _convert(name: str, value: Any, source: str, *, strict: bool) -> Any:
-    if name not in SETTINGS:
-        near = difflib.get_close_matches(name, SETTINGS, 1)
-        raise ConfigError(
-            name, value, source, f"there is no such setting{f'; did you mean {near[0]!r}?' if near else ''}"
-        )
+    if name not in SETTINGS:  # whatever it is, its value may be a key
+        remedy = f"write it below [llm], as {name}" if name in LLM_SETTINGS else ""
+        raise ConfigError(name, "…", source, remedy or _no_such(name, [*SETTINGS, "plugin_folders", "llm", "plugins"]))
     try:
         return msgspec.convert(value, _TYPES[name], strict=strict)
     except msgspec.ValidationError as exc:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
+from model_server import ModelServer, Script
 
+from conftest import StartDesk, wait_until
 from hotdesk.config import Config, LlmSettings, load_config
 from hotdesk.errors import ConfigError
 
 LONG_KEY = "sk-marked-key-0123456789"
+
+
+PLUGINS = Path(__file__).parents[2] / "plugins"
+CHATGPT = {name: (PLUGINS / name).read_text() for name in ("chatgpt.py", "chatgpt.toml")}
 
 
 def load(tmp_path: Path, toml: str = "", **environ: str) -> LlmSettings:
@@ -38,7 +45,7 @@ WRONG = {
     '[llm.models.b]\nbase_url = "http://a.test"\nmodl = "x"': ("llm.models.b.modl", "did you mean 'model'?"),
     '[llm]\napi_key = "two\\nlines"': ("llm.api_key", "one line of ASCII"),
     '[llm]\napi_key = "schlüssel"': ("llm.api_key", "one line of ASCII"),
-    '[llm]\nbase_url = "http://a.test"\nheaders = {X = "a\\r\\nb"}': ("llm.api_key", "one line of ASCII"),
+    '[llm]\nbase_url = "http://a.test"\nheaders = {X = "a\\r\\nb"}': ("llm.headers", "one line of ASCII"),
 }
 
 
@@ -189,3 +196,67 @@ def test_chatgpt_is_granted_llm_until_something_else_is_written(tmp_path: Path) 
 def test_any_printable_key_is_taken(tmp_path: Path, value: Any) -> None:
     """Providers have keys of many shapes."""
     assert load(tmp_path, HOTDESK_LLM_API_KEY=value).models["default"].api_key == value
+
+
+@pytest.mark.parametrize(
+    ("toml", "remedy"),
+    [
+        ('[lmm]\napi_key = "sk-secret"', "did you mean 'llm'"),
+        ('[LLM]\napi_key = "sk-secret"', "there is no such setting"),
+        ('api_key = "sk-secret"', "below [llm]"),
+        ('llm = "sk-secret"', "write it as a table"),
+        ('[llm]\nmodels = ["sk-secret"]', "write each model as a table"),
+        ('[llm]\nmodels.spare = "sk-secret"', "write each model as a table"),
+        ('[llm.model.spare]\napi_key = "sk-secret"', "llm.model"),
+        ('[llm.models.default]\napi_key = "sk-secret"', "is [llm] itself"),
+        ('[llm]\napikey = "sk-secret"', "did you mean 'api_key'"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_not_repeated(tmp_path: Path, toml: str, remedy: str) -> None:
+    """Whatever was mistyped, the error says what would be right, and not what was written."""
+    file = tmp_path / "hotdesk.toml"
+    file.write_text(toml)
+    with pytest.raises(ConfigError) as caught:
+        load_config({}, {}, file=str(file))
+    assert "sk-secret" not in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_a_variable_that_is_no_setting_stops_the_start(tmp_path: Path) -> None:
+    """It is named, with what was meant, and without its value."""
+    with pytest.raises(ConfigError, match=r"HOTDESK_LLM_KEY.*did you mean 'api_key'") as caught:
+        load_config({}, {"HOTDESK_LLM_KEY": "sk-secret"}, file=None)
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_a_key_of_the_file_goes_to_no_url_of_the_environment(tmp_path: Path) -> None:
+    """The official client's variables count together, or not at all."""
+    llm = load(tmp_path, '[llm]\napi_key = "sk-1"', OPENAI_BASE_URL="http://other.test/v1")
+    assert llm.models["default"].base_url == ""
+
+
+async def test_settings_are_taken_while_the_host_runs(
+    start_desk: StartDesk, model_server: ModelServer, tmp_path: Path
+) -> None:
+    """A changed key counts from the next request; an answer under way ends as it began; a bad file changes nothing."""
+    file = tmp_path / "hotdesk.toml"
+    file.write_text(f'[llm]\nbase_url = "{model_server.base_url}"\napi_key = "first-key"\n')
+    config = load_config({}, {}, file=str(file))
+    model_server.default = Script(text="one two three four five six seven eight", gap_s=0.05)
+    desk = await start_desk(dict(CHATGPT), llm=config.llm, file=config.file)
+    answering = asyncio.create_task(desk.say("hello", "a"))
+    await wait_until(lambda: model_server.open == 1, what="an answer is under way")
+    file.write_text(f'[llm]\nbase_url = "{model_server.base_url}"\napi_key = "other-key"\n')
+    await wait_until(lambda: any(e["kind"] == "llm_configured" for e in desk.events), what="the change is taken")
+    assert (await answering)["replies"][0]["text"] == "one two three four five six seven eight"
+    await desk.say("hello", "b")
+    keys = [seen.headers["authorization"] for seen in model_server.requests]
+    assert keys == ["Bearer first-key", "Bearer other-key"]
+    file.write_text("[llm]\nnonsense = 1\n")
+    await wait_until(lambda: any(e["kind"] == "settings_failed" for e in desk.events), what="the mistake is told")
+    await desk.say("hello", "c")
+    assert model_server.requests[-1].headers["authorization"] == "Bearer other-key"
+    file.write_text("")
+    await wait_until(lambda: not desk.host.llm.models, what="no model is set any more")
+    assert (await desk.say("hello", "d"))["replies"] == []
+    assert "other-key" not in str(desk.events)

@@ -245,7 +245,11 @@ class Answering:
         """See `LlmStream.next_batch`."""
         while True:
             stream = self._stream
-            batch = await stream.next_batch()
+            try:
+                batch = await stream.next_batch()
+            except BaseException:
+                self._reply.metadata["model"] = stream.model
+                raise
             if batch:
                 if self._offered:
                     self._said += batch
@@ -264,8 +268,12 @@ class Answering:
 
         while True:
             stream = self._stream
-            if not await stream.push(note if self._offered else tell):
-                return False
+            try:
+                if not await stream.push(note if self._offered else tell):
+                    return False
+            except BaseException:
+                self._reply.metadata["model"] = stream.model
+                raise
             self._count(stream)
             if not stream.tool_calls or not self._offered or self._rounds == MAX_ROUNDS:
                 return True

@@ -41,7 +41,7 @@ MAX_RERUNS = 3
 CANCEL_S = 1.0
 """How long a turn that is cancelled at the stop may take to end."""
 
-CANCELLED = ("cancelled", "the visitor cancelled this; what was said so far is the reply")
+CANCELLED = ("cancelled", "this was cancelled; what was said so far, if anything, is the reply")
 PRESS_S = 0.5
 """A cancelled turn has this long to unwind before it is cancelled again, and then once more to be left behind."""
 
@@ -190,6 +190,7 @@ class Turns:
         # a task of the host's, on no plugin's account; the loop is at hand, for asking costs a system call before 3.12
         task = asyncio.Task(self._run(turn), loop=self._loop, context=contextvars.Context())
         turn.clock.task = task
+        turn.clock.about = {"conversation": turn.message.conversation, "message": turn.id}
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -370,7 +371,7 @@ class Turns:
         if (by := turn.answered_by) is not None and stored and by.generation.first_answer is not None:
             by.generation.first_answer()
         if self._log_turns:
-            self._log_turn(turn, "replied" if stored else outcome)
+            self._log_turn(turn, "replied" if stored and error is None else outcome)
         turn.ended = Ended(stored, error)
         for waiter in turn.waiters or ():
             if not waiter.done():

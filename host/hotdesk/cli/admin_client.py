@@ -107,6 +107,7 @@ class Plugin(msgspec.Struct, frozen=True):
     breaker: str = "closed"
     calls: int = 0
     failures: int = 0
+    last_failure: dict[str, Any] | None = None
     error: PluginFailure | None = None
     receipt: dict[str, Any] | None = None
     kept: tuple[Kept, ...] = ()

@@ -252,6 +252,10 @@ def _notes(plugin: Plugin) -> list[Text]:
         granted = ", ".join(f'"{one}"' for one in plugin.capabilities.asked)
         where = f"in hotdesk.toml: [plugins.{plugin.name}] grant = [{granted}]"
         notes.append(_note(plugin, "yellow", f"asks for {', '.join(lacking)}, not granted; {where}"))
+    if plugin.last_failure:
+        at = datetime.fromtimestamp(plugin.last_failure.get("at", 0)).strftime("%H:%M:%S")
+        problem = one_line(plugin.last_failure.get("problem", "?"))
+        notes.append(_note(plugin, "yellow", f"a call failed at {at}: {problem}"))
     if plugin.breaker != "closed":
         state = plugin.breaker.replace("_", "-")
         notes.append(_note(plugin, "red", f"breaker {state}: left out of turns until a trial call succeeds"))

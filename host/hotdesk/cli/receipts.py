@@ -121,6 +121,10 @@ def _settings_failed(event: Mapping[str, Any]) -> str:
     return f"settings not taken{_why({**event, 'plugin': None})}; the ones from before stay"
 
 
+def _models(event: Mapping[str, Any]) -> str:
+    return f"language model: {one_line(event.get('message', '?'))}"
+
+
 def _unloaded(event: Mapping[str, Any]) -> str:
     return f"{_who(event)} unloaded{_why(event)}"
 
@@ -174,4 +178,5 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "breaker_opened": _breaker_opened,
     "breaker_closed": _breaker_closed,
     "settings_failed": _settings_failed,
+    "llm_configured": _models,
 }

@@ -110,6 +110,7 @@ def _greet(host: Host) -> None:
     click.echo(f"  at       {color(host.url, fg='cyan')}")
     click.echo(f"  plugins  {', '.join(host.config.plugins)} ({host.plugins.watch_mode})")
     click.echo(f"  journal  {host.backend.url}")
+    click.echo(f"  model    {host.llm.describe()}")
     if host.resumed:
         click.echo(f"  resumed  {host.resumed} turns from before the last stop")
     if host.new_admin_token:

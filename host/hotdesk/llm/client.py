@@ -25,6 +25,8 @@ class Llm:
 
     def __init__(self, settings: LlmSettings, metrics: Metrics) -> None:
         self._settings = settings
+        self._metrics = metrics
+        self._retiring: dict[asyncio.Task[None], Model] = {}
         self.models: dict[str, Model] = {name: Model(name, model, metrics) for name, model in settings.models.items()}
         metrics.watch_gauge(
             "hotdesk_llm_open", "Requests to language models under way", lambda: sum(m.running for m in self._all)
@@ -34,6 +36,11 @@ class Llm:
         )
 
     @property
+    def settings(self) -> LlmSettings:
+        """What they were opened or configured with last."""
+        return self._settings
+
+    @property
     def _all(self) -> Sequence[Model]:
         return tuple(self.models.values())
 
@@ -41,8 +48,36 @@ class Llm:
         for model in self._all:
             await model.open()
 
+    async def configure(self, settings: LlmSettings) -> None:
+        """Take new settings: requests from now on go by them, those under way end as they began."""
+        models: dict[str, Model] = {}
+        for name, wanted in settings.models.items():
+            now = self.models.get(name)
+            models[name] = now if now is not None and now.settings == wanted else Model(name, wanted, self._metrics)
+        fresh = [model for name, model in models.items() if model is not self.models.get(name)]
+        for model in fresh:
+            await model.open()
+        old = [model for model in self._all if model not in models.values()]
+        self.models, self._settings = models, settings
+        for model in old:
+            task = asyncio.get_running_loop().create_task(_close_when_free(model))
+            self._retiring[task] = model
+            task.add_done_callback(lambda task: self._retiring.pop(task, None))
+
+    def describe(self) -> str:
+        """Who answers, in words."""
+        if not self.models:
+            return "none; HOTDESK_LLM_API_KEY or [llm] in hotdesk.toml sets one"
+        first = next(iter(self.models.values()))
+        others = [name for name in self._settings.fallback if name != first.name]
+        then = f", then {', '.join(others)}" if others else ""
+        key = f" (key from {self._settings.key_from})" if first.name == "default" and self._settings.key_from else ""
+        return f"{first.settings.model} at {first.wire.shown_url.removesuffix('/chat/completions')}{key}{then}"
+
     async def aclose(self) -> None:
-        await asyncio.gather(*(model.aclose() for model in self._all))
+        for task in list(self._retiring):
+            task.cancel()
+        await asyncio.gather(*(model.aclose() for model in [*self._all, *self._retiring.values()]))
 
     def choose(self, name: str | None) -> tuple[Model, ...]:
         """Whom to ask, in order. Raises `LlmUnavailable` when there is nobody of that name, or at all."""
@@ -61,6 +96,11 @@ class Llm:
     async def complete(self, asked: Asked, name: str | None = None, clock: Resting | None = None) -> Completion:
         """Ask for a whole answer. Raises `LlmError`."""
         return await complete(asked, self.choose(name), clock)
+
+
+async def _close_when_free(model: Model) -> None:
+    await model.wait_free()
+    await model.aclose()
 
 
 def as_messages(messages: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -257,6 +257,10 @@ class Connection(asyncio.Protocol):
             response.broken(error)
         self.close()
 
+    def give_up(self, why: str) -> None:
+        """Hang up, and tell whoever waits."""
+        self._break(WireError(why))
+
     def close(self) -> None:
         """Hang up at once."""
         self.response = self.answer = None

@@ -46,10 +46,13 @@ class Model:
         self._tokens_out = metrics.llm_tokens.labels(name, "out")
         self._cost = metrics.llm_cost.labels(name)
         self._outcomes: dict[str, Any] = {}
+        self.told_at = -1e9
+        """When the log was last told that another was asked instead (monotonic)."""
         self._failures = 0
         self._resting_until = 0.0
         self.running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._free: asyncio.Event | None = None
 
     async def open(self) -> None:
         from .official import Official
@@ -102,6 +105,14 @@ class Model:
                 place.set_result(None)
                 return
         self.running -= 1
+        if not self.running and self._free is not None:
+            self._free.set()
+
+    async def wait_free(self) -> None:
+        """Wait until no request is under way."""
+        if self.running:
+            self._free = asyncio.Event()
+            await self._free.wait()
 
     # -- what became of requests -----------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import msgspec
 
 from hotdesk_sdk import LlmError, LlmRefused, LlmTimeout, LlmUnavailable
 
+from ..logs import get_log
 from .model import Model
 from .retry import MAX_RETRY_AFTER_S, may_retry, retry_after
 from .wire import Response, WireError
@@ -20,6 +21,9 @@ __all__ = ["Asked", "Failed", "Plan", "post"]
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
 """The wait after the first failed try, doubled with each; those of the official client."""
+
+TELL_EACH_S = 60.0
+"""How often a fallback from the same model is a line in the log."""
 
 MAX_ERROR_BYTES = 64 * 1024
 """How much of an error answer is read."""
@@ -101,12 +105,16 @@ class Plan:
 
     def _skip_resting(self) -> None:
         while not self._is_last and self.model.rests(monotonic()):
-            self._fall_back()
+            self._fall_back("it failed again and again just now")
 
-    def _fall_back(self) -> None:
-        self.model.fell_back.inc()
+    def _fall_back(self, why: str) -> None:
+        model = self.model
+        model.fell_back.inc()
         self._index += 1
         self._tries = 0
+        if model.told_at + TELL_EACH_S < (now := monotonic()):
+            model.told_at = now
+            get_log().warning("llm_fell_back", model=model.name, to=self.model.name, reason=why)
 
     async def after(self, failed: Failed) -> None:
         """Wait until the next try may begin. Raises the error when that was the last."""
@@ -123,7 +131,7 @@ class Plan:
                 return
         if self._is_last or monotonic() >= self.total_by:
             raise error
-        self._fall_back()
+        self._fall_back(str(error))
         self._skip_resting()
 
     def _wait(self, wish: float | None) -> float:

@@ -154,7 +154,7 @@ class Wire:
         if self._expiry is not None:
             self._expiry.cancel()
         for connection in list(self.connections):
-            connection.close()
+            connection.give_up("the host closes it")
         await asyncio.sleep(0)
 
 

@@ -56,6 +56,7 @@ class Generation:
         "bundle",
         "first_answer",
         "hooks",
+        "last_failure",
         "loaded_at",
         "manifest",
         "module_name",
@@ -88,6 +89,8 @@ class Generation:
         self.probation_left = 0
         self.loaded_at = time.time()
         self.seen_at = 0.0
+        self.last_failure: tuple[float, str] | None = None
+        """When a call failed last (Unix seconds), and why."""
         self.first_answer: Callable[[], None] | None = None
         self.stray_tasks: Any = None
         self.stray_timers: Any = None

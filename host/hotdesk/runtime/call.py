@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from hotdesk_sdk import LlmError
+from hotdesk_sdk import CapabilityDenied, LlmError
 
 from ..errors import CallFailed, CallTimeout, TurnAborted, describe
 from ..logs import Logger
@@ -43,6 +43,7 @@ class Clock:
         "_resting",
         "_rests",
         "abandon",
+        "about",
         "call",
         "cancelled",
         "deadline",
@@ -63,6 +64,8 @@ class Clock:
         self.cancelled = False
         """Its turn was given up: what its calls raise or return from now on is nobody's failure or answer."""
         self.abandon = abandon
+        self.about: dict[str, str] = {}
+        """What a log line of its calls says beside the plugin: conversation and message."""
         self._rests = 0
         self._left = 0.0
         self._resting: object = None
@@ -250,6 +253,8 @@ class Calls:
         if isinstance(exc, LlmError):  # the model's fault and not the plugin's: another generation fares no better
             failure.public = exc.public
             return self._note(slot, hook, failure, "llm", blameless=True)
+        if isinstance(exc, CapabilityDenied):  # as little: it is the operator's to mend
+            return self._note(slot, hook, failure, "denied", blameless=True)
         return self._note(slot, hook, failure, "exception")
 
     def _note(
@@ -260,12 +265,15 @@ class Calls:
         if not blameless:
             slot.breaker.failed(monotonic())
         self._metrics.failures.labels(generation.plugin, hook.name, kind).inc()
+        generation.last_failure = (time.time(), f"{hook.name} {failure.problem.removeprefix(hook.name).strip()}")
+        about = clock.about if (clock := CLOCK.get()) is not None else {}
         self._log.warning(
             "call_failed",
             plugin=generation.plugin,
             generation=generation.number,
             hook=hook.name,
             problem=failure.problem,
+            **about,
         )
         if generation.probation_left and not blameless:
             failure.rerun = self.on_failure(generation, failure)

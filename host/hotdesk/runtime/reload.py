@@ -18,7 +18,7 @@ import msgspec
 
 from hotdesk_sdk import HotdeskError
 
-from ..config import Config, PluginSettings
+from ..config import Config, PluginSettings, read_plugin_settings
 from ..errors import LoadFailed, UnknownPlugin, describe
 from ..logs import Logger
 from ..metrics import Metrics
@@ -74,7 +74,7 @@ class Plugins:
         self._events = events
         self._places = Places(config.plugins)
         self._settings = dict(config.plugin_settings)
-        self._llm_grant = frozenset(config.llm.grant if config.llm.models else ())
+        self._llm_grant = frozenset(config.llm.grant)
         self._overrides: dict[str, bool] = {}
         self._entries: dict[str, Entry] = {}
         self._numbers: dict[str, int] = {}
@@ -140,7 +140,10 @@ class Plugins:
             )
             await self._watch.start()
         if self._config.file:
-            self._following = self._spawn(follow_settings(Path(self._config.file), self._take_settings, self._events))
+            file = Path(self._config.file)
+            self._following = self._spawn(
+                follow_settings(file, read_plugin_settings, self._take_settings, self._events)
+            )
 
     async def aclose(self) -> None:
         """Stop watching, give up what is being loaded, then end every generation: those that require others first."""
@@ -487,6 +490,13 @@ class Plugins:
             others = [one for one in self._active.current.slots if one.generation is not current]
             self._active.swap(self._active.build([*others, slot]))
         await self._reconfigure(entry, current.bundle)
+
+    def grant_llm(self, names: Iterable[str]) -> None:
+        """From now on the plugins called so are granted `llm` by `[llm]`."""
+        self._llm_grant = frozenset(names)
+        for entry in self._entries.values():
+            if entry.current is not None:
+                self._maker.grant(entry.current, self._settings_of(entry.name))
 
     def _settings_of(self, name: str) -> PluginSettings:
         settings = self._settings.get(name, PluginSettings())

@@ -1,25 +1,30 @@
-"""Follows the `[plugins.*]` of the settings file while the host runs."""
+"""Follows the tables of the settings file that are taken while the host runs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
-from ..config import PluginSettings, read_plugin_settings
 from ..errors import ConfigError, describe
 from .events import Events
 
 __all__ = ["follow_settings"]
+
+T = TypeVar("T")
 
 SETTINGS_POLL_S = 0.25
 """How often the settings file is looked at. Its folder often holds the data folder, whose events would flood us."""
 
 
 async def follow_settings(
-    file: Path, take: Callable[[dict[str, PluginSettings]], Awaitable[None]], events: Events
+    file: Path, read: Callable[[str], T], take: Callable[[T], Awaitable[None]], events: Events
 ) -> None:
-    """Call *take* with the settings after each change of *file*, until cancelled. A file that can't be read is told."""
+    """Call *take* with what *read* gives after each change of *file*, until cancelled.
+
+    A file that can't be read is told; one that is not there may come.
+    """
     seen = _stat(file)
     while True:
         await asyncio.sleep(SETTINGS_POLL_S)
@@ -28,7 +33,7 @@ async def follow_settings(
             continue
         seen = now
         try:
-            settings = read_plugin_settings(str(file))
+            settings = read(str(file))
         except ConfigError as exc:
             events.tell("settings_failed", file=str(file), message=str(exc))
             continue

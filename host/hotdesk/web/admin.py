@@ -15,6 +15,7 @@ from hotdesk_sdk import HotdeskError
 from ..config import Config
 from ..errors import DoorError, UnknownPlugin
 from ..metrics import Metrics
+from ..runtime.active import Generation
 from ..runtime.entries import Entry
 from ..runtime.events import Events
 from ..runtime.generations import Maker
@@ -85,6 +86,7 @@ class Admin:
             "breaker": slot.breaker.state if slot else "closed",
             "calls": calls,
             "failures": failures,
+            "last_failure": _last_failure(current),
             "probation_left": current.probation_left if current else 0,
             "pending": entry.pending,
             "error": entry.problem.public() if entry.problem else None,
@@ -172,3 +174,10 @@ class Admin:
             conversation_of(wanted.conversation), wanted.visitor, wanted.seconds or self._config.visitor_token_s
         )
         return json_response({"token": token, "expires": expires}, 201)
+
+
+def _last_failure(current: Generation | None) -> dict[str, Any] | None:
+    if current is None or current.last_failure is None:
+        return None
+    at, problem = current.last_failure
+    return {"at": at, "problem": problem}

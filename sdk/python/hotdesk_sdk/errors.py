@@ -105,7 +105,7 @@ class LlmRefused(LlmError):
     """
 
     code = "llm_refused"
-    public = "the language model did not take this message"
+    public = "the language model refused this"
 
     def __init__(self, model: str, reason: str, *, status: int | None = None) -> None:
         super().__init__(model, reason)
