@@ -253,7 +253,7 @@ async def open_host(
         if not serve:
             stack.callback(intake.stop)
         if config.retention_days:
-            purging = asyncio.create_task(_purge(backend, recent, images, config.retention_days, log))
+            purging = asyncio.create_task(_purge(backend, recent, summaries, images, config.retention_days, log))
             stack.callback(purging.cancel)
         if config.file:
 
@@ -339,13 +339,14 @@ async def _serve(
     return f"http://{host}:{sock.getsockname()[1]}"
 
 
-async def _purge(backend: Backend, recent: Recent, images: Images, days: int, log: Any) -> None:
+async def _purge(backend: Backend, recent: Recent, summaries: Summaries, images: Images, days: int, log: Any) -> None:
     while True:
         try:
             before = time.time() - days * 86400
             deleted = await backend.purge(before)
             if deleted:
                 recent.forget_all()
+                summaries.forget_all()
                 log.info("conversations_purged", count=deleted, older_than_days=days)
             if deleted := await images.purge(before):
                 log.info("images_purged", count=deleted)

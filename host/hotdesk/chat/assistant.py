@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,10 @@ from ..llm.stream import LlmStream
 from ..metrics import Metrics
 from ..runtime.active import Generation
 from ..runtime.call import CLOCK, Calls
-from ..runtime.guards import CURRENT
+from ..runtime.guards import CURRENT, host_task
 from ..runtime.scope import Scope
 from .images import Images, described
-from .prompt import Prompt, build_prompt, in_turn_order
+from .prompt import MAX_IMAGES, Prompt, build_prompt, in_turn_order
 from .recent import ENTRIES, Recent
 from .summaries import Summaries
 from .tools import Toolbox, ToolCalls
@@ -28,6 +29,15 @@ __all__ = ["Assistant", "PluginLlm"]
 
 MAX_ROUNDS = 6
 """How often a model may call tools in one answer; then it has to answer with what it knows."""
+
+IMAGES_S = 12.0
+"""How long a prompt waits for all its images together; a model is told of the others in words."""
+
+IMAGES_BYTES = 8 * 1024 * 1024
+"""How much of images goes into one prompt, the newest first."""
+
+INLINE_BYTES = 256 * 1024
+"""Larger images are encoded in a thread."""
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -52,10 +62,11 @@ class Assistant:
 class _Wait:
     """While a plugin waits for the model: its own clock rests, and what is begun is the host's and not the plugin's."""
 
-    __slots__ = ("_clock", "_plugin")
+    __slots__ = ("_call", "_clock", "_plugin")
 
     def __init__(self) -> None:
         self._clock = CLOCK.get()
+        self._call: object = None
         self._plugin: Generation | None = None
 
     def rest(self) -> None:
@@ -63,13 +74,13 @@ class _Wait:
         if self._plugin is not None:
             CURRENT.set(None)
         if self._clock is not None:
-            self._clock.rest()
+            self._call = self._clock.rest()
 
     def go_on(self) -> None:
         if self._plugin is not None:
             CURRENT.set(self._plugin)
         if self._clock is not None:
-            self._clock.go_on()
+            self._clock.go_on(self._call)
 
 
 class PluginLlm:
@@ -175,14 +186,13 @@ class PluginLlm:
             summary, covered = assistant.summaries.of(turn)
             if covered:
                 before = [entry for entry in before if entry.seq > covered]
+        wanted = [*message.attachments]
+        for entry in reversed(before):
+            wanted += getattr(entry, "attachments", ())
+        urls = await self._load(wanted[:MAX_IMAGES], message.conversation) if sees and wanted else {}
 
         async def show(attachment: Attachment) -> str | None:
-            if not sees:
-                return None
-            try:
-                return (await assistant.images.load(attachment, message.conversation)).data_url()
-            except ImageUnusable:
-                return None
+            return urls.get(attachment)
 
         return await build_prompt(
             before,
@@ -194,6 +204,28 @@ class PluginLlm:
             show=show,
             describe=described,
         )
+
+    async def _load(self, wanted: Sequence[Attachment], conversation: str) -> dict[Attachment, str]:
+        """The images among *wanted* (newest first) that can be had in time, as data URLs, up to a bound together."""
+        images = self._assistant.images
+        tasks = {one: host_task(images.load(one, conversation)) for one in dict.fromkeys(wanted)}
+        try:
+            await asyncio.wait(tasks.values(), timeout=IMAGES_S)
+        finally:
+            for task in tasks.values():
+                task.cancel()
+        urls: dict[Attachment, str] = {}
+        size = 0
+        for attachment, task in tasks.items():
+            if not task.done() or task.cancelled() or isinstance(task.exception(), ImageUnusable):
+                continue
+            image = task.result()
+            size += len(image.data)
+            if size > IMAGES_BYTES:
+                break
+            large = len(image.data) > INLINE_BYTES
+            urls[attachment] = await asyncio.to_thread(image.data_url) if large else image.data_url()
+        return urls
 
 
 class Answering:
@@ -255,9 +287,9 @@ class Answering:
                     self._said += batch
                 return batch
             self._count(stream)
-            if not stream.tool_calls or not self._offered or self._rounds == MAX_ROUNDS:
+            if not (calls := _named(stream)) or not self._offered or self._rounds == MAX_ROUNDS:
                 return []
-            await self._call_tools(stream.tool_calls)
+            await self._call_tools(calls)
 
     async def push(self, tell: Callable[[list[str]], bool]) -> bool:
         """See `LlmStream.push`."""
@@ -275,9 +307,9 @@ class Answering:
                 self._reply.metadata["model"] = stream.model
                 raise
             self._count(stream)
-            if not stream.tool_calls or not self._offered or self._rounds == MAX_ROUNDS:
+            if not (calls := _named(stream)) or not self._offered or self._rounds == MAX_ROUNDS:
                 return True
-            await self._call_tools(stream.tool_calls)
+            await self._call_tools(calls)
 
     def _count(self, stream: LlmStream) -> None:
         if (usage := stream.usage) is not None:
@@ -296,8 +328,11 @@ class Answering:
         """Make the calls, and ask the model anew with their results; in the last round without an offer."""
         self._rounds += 1
         assistant, turn = self._llm._assistant, self._turn
+        used: set[str] = set()
         for index, call in enumerate(calls):
-            call.id = call.id or f"call_{self._rounds}_{index}"
+            if not call.id or call.id in used:
+                call.id = f"{call.id or 'call'}_{self._rounds}_{index}"
+            used.add(call.id)
         wait = _Wait()
         wait.rest()
         try:
@@ -329,3 +364,8 @@ class Answering:
     async def aclose(self) -> None:
         """Hang up."""
         self._stream.close()
+
+
+def _named(stream: LlmStream) -> list[ToolCall]:
+    """The tool calls of an answer; one without a name is none."""
+    return [call for call in stream.tool_calls if call.name] if stream.tool_calls else []

@@ -343,7 +343,7 @@ class _PulledOfHost(_Pulled):
 
     async def _walled(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         clock = self._turn.clock
-        clock.rest()
+        resting = clock.rest()
         try:
             return await function(*args)
         except (TurnAborted, CallFailed):
@@ -351,7 +351,7 @@ class _PulledOfHost(_Pulled):
         except Exception as exc:
             failure = exc
         finally:
-            clock.go_on()
+            clock.go_on(resting)
 
         async def fail() -> None:
             raise failure

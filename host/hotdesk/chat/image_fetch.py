@@ -44,6 +44,9 @@ _INSIDE = tuple(
 """What the standard library, depending on its age, takes for public, and is not; and ways into it: relays, tunnels,
 local translation."""
 
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All that IANA has given out for the public."""
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -61,6 +64,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if ip not in _GLOBAL_UNICAST:
+            return False
     return (
         ip.is_global
         and not ip.is_multicast

@@ -10,7 +10,7 @@ from hotdesk_sdk import Attachment, Message
 
 from ..backend import Entry
 
-__all__ = ["Prompt", "build_prompt", "estimate_tokens", "in_turn_order"]
+__all__ = ["MAX_IMAGES", "Prompt", "build_prompt", "estimate_tokens", "in_turn_order"]
 
 ENTRY_TOKENS = 4
 """What a message costs beside its text, by OpenAI's own counting guide."""

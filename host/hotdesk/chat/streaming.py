@@ -49,6 +49,7 @@ class Streams:
                     texts = texts[:number]
                     break
             said.extend(texts)
+            turn.roomy = False
             full = bool(texts) and self._tell_chunks(turn, texts)
             return full or error is not None
 
@@ -100,6 +101,8 @@ class Streams:
 
         Nothing is pulled meanwhile, so what the stream comes from fills up and stands still too.
         """
+        if turn.roomy:
+            return
         turn.room = asyncio.get_running_loop().create_future()
         try:
             await turn.room

@@ -88,6 +88,12 @@ class Summaries:
                 del self._made[next(iter(self._made))]
             self._made[conversation] = {"to": max(entry.seq for entry in entries), "text": answer.text}
 
+    def forget_all(self) -> None:
+        """The journal lost something: keep nothing that was made of it."""
+        self._made.clear()
+        for task in self._making.values():
+            task.cancel()
+
     async def aclose(self) -> None:
         """Give up what is in the making: it is made again when it is wanted."""
         tasks = list(self._making.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from hotdesk_sdk import ToolCall
 from ..errors import CallFailed, CallTimeout, describe
 from ..metrics import Metrics
 from ..runtime.active import BoundHook, Slot, Snapshot
-from ..runtime.call import Calls, Clock
+from ..runtime.call import ABANDON_S, Calls, Clock
 from ..runtime.guards import host_task
 from ..runtime.tools import LoadedTool
 from .turn import TurnRun
@@ -76,22 +76,47 @@ class ToolCalls:
         self, turn: TurnRun, toolbox: Toolbox, offered: frozenset[str], asked: Sequence[ToolCall]
     ) -> list[str]:
         """The results of *asked*, in its order, all called at once; each within its plugin's `timeout_ms`."""
-        tasks = [
-            host_task(self._one(turn, toolbox, offered, call)) if index < MAX_CALLS else None
-            for index, call in enumerate(asked)
-        ]
-        running = [task for task in tasks if task is not None]
+        loop = asyncio.get_running_loop()
+        told: list[asyncio.Future[str]] = [loop.create_future() for _ in asked]
+        tasks = []
+        for index, (call, result) in enumerate(zip(asked, told, strict=True)):
+            if index < MAX_CALLS:
+                tasks.append(host_task(self._tell(result, turn, toolbox, offered, call)))
+            else:
+                result.set_result(f"not called: at most {MAX_CALLS} calls at once")
         try:
-            await asyncio.wait(running)
+            await asyncio.wait(told)
         except asyncio.CancelledError:
-            for task in running:
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait(running)
+            await asyncio.wait(tasks, timeout=ABANDON_S)
             raise
-        too_many = f"not called: at most {MAX_CALLS} calls at once"
-        return [too_many if task is None else task.result() for task in tasks]
+        return [result.result() for result in told]
 
-    async def _one(self, turn: TurnRun, toolbox: Toolbox, offered: frozenset[str], call: ToolCall) -> str:
+    async def _tell(
+        self,
+        told: asyncio.Future[str],
+        turn: TurnRun,
+        toolbox: Toolbox,
+        offered: frozenset[str],
+        call: ToolCall,
+    ) -> None:
+        """Have *told* know what came of *call*; at once, when its function ignores that its time is over."""
+
+        def abandon() -> None:
+            if not told.done():
+                told.set_result(f"error: '{call.name}' did not stop when its time was over")
+
+        text = "error: it was cancelled"
+        try:
+            text = await self._one(turn, toolbox, offered, call, abandon)
+        finally:
+            if not told.done():
+                told.set_result(text)
+
+    async def _one(
+        self, turn: TurnRun, toolbox: Toolbox, offered: frozenset[str], call: ToolCall, abandon: Callable[[], None]
+    ) -> str:
         found = toolbox.by_name.get(call.name) if call.name in offered else None
         if found is None:
             self._metrics.tool_calls.labels("", "unknown").inc()
@@ -100,23 +125,28 @@ class ToolCalls:
         try:
             arguments = msgspec.json.decode(call.arguments or "{}")
             problem = loaded.problem(arguments)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             problem = f"they are not JSON: {exc}"
         if problem is not None:
             self._metrics.tool_calls.labels(call.name, "refused").inc()
             return f"error: the arguments of '{call.name}' do not fit: {problem}"
         if loaded.takes_turn:
             arguments["turn"] = turn
-        text, outcome = await self._call(slot, hook, functools.partial(loaded.tool.call, **arguments), call.name)
+        text, outcome = await self._call(
+            slot, hook, functools.partial(loaded.tool.call, **arguments), call.name, abandon
+        )
         self._metrics.tool_calls.labels(call.name, outcome).inc()
         return text
 
-    async def _call(self, slot: Slot, hook: BoundHook, function: Any, name: str) -> tuple[str, str]:
-        clock = Clock(asyncio.current_task())
+    async def _call(
+        self, slot: Slot, hook: BoundHook, function: Any, name: str, abandon: Callable[[], None]
+    ) -> tuple[str, str]:
+        clock = Clock(asyncio.current_task(), abandon)
         self._calls.start(clock)
         try:
             result = await self._calls.call(slot, hook, clock, function)
             text = result if isinstance(result, str) else _encode(result).decode()
+            text = text.encode("utf-8", "replace").decode()  # half a character can't be said
         except CallTimeout as failure:
             return f"error: '{name}' took over {failure.timeout_ms} ms", "timeout"
         except CallFailed as failure:

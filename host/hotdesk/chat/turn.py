@@ -144,6 +144,7 @@ class TurnRun:
         "refused",
         "rerun",
         "room",
+        "roomy",
         "said",
         "shown",
         "snapshot",
@@ -181,6 +182,8 @@ class TurnRun:
         self.shown = 0
         self.room: asyncio.Future[None] | None = None
         """What the stream waits for while nobody who listens can take more."""
+        self.roomy = False
+        """There was room since the last chunks were told."""
         self.unanswered: tuple[str, str] | None = None
         """The error that stands in for silence: why a bot that would have answered could not."""
         self.ending = False

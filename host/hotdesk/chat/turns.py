@@ -164,8 +164,11 @@ class Turns:
     def make_room(self, conversation: str) -> None:
         """Who listens in *conversation* can take more, came, or left: a stream that stood still goes on."""
         lane = self._lanes.get(conversation)
-        if lane is not None and (room := lane.running.room) is not None and not room.done():
-            room.set_result(None)
+        if lane is not None:
+            turn = lane.running
+            turn.roomy = True  # also for one that was told just now that nobody can take more, and is yet to wait
+            if (room := turn.room) is not None and not room.done():
+                room.set_result(None)
 
     def _press(self, turn: TurnRun, times: int) -> None:
         """Cancel what *turn* waits for; a plugin that goes on all the same is left behind."""

@@ -164,6 +164,7 @@ class Response:
 
     def end(self) -> None:
         self.ended = True
+        self._resume()  # the connection goes back to the others, and its next answer is to be read
         self._connection = None
         if self._ending is not None:
             self._ending.cancel()
@@ -222,17 +223,16 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard = True
-        if not self._headers_done:
-            self._head += len(data)
+        self._head += len(data)  # set back by each piece of a body: heads, trailers and chunk lines have a bound
         if self.answer is None and self.response is None:  # idle, or hung up on: what comes now is nobody's
             self.close()
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as exc:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self._break(WireError(f"it answered with what is no HTTP: {exc}"))
             return
-        if not self._headers_done and self._head > MAX_HEAD_BYTES:
+        if self._head > MAX_HEAD_BYTES:
             self._break(WireError(f"the head of its answer is over {MAX_HEAD_BYTES} bytes"))
 
     def eof_received(self) -> None:
@@ -286,6 +286,7 @@ class Connection(asyncio.Protocol):
         answer.set_result(self.response)
 
     def on_body(self, data: bytes) -> None:
+        self._head = 0
         if self.response is not None:
             self.response.feed(data)
 
@@ -296,7 +297,11 @@ class Connection(asyncio.Protocol):
         response, self.response = self.response, None
         if response is None:
             return
-        keep = self._parser.should_keep_alive() and not self._until_close
+        keep = (
+            self._parser.should_keep_alive()
+            and not self._until_close
+            and not self.transport.get_write_buffer_size()  # else it answered before it had read the request
+        )
         response.end()
         if keep:
             self._wire.give_back(self)

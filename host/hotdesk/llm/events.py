@@ -17,6 +17,8 @@ __all__ = ["MAX_EVENT_BYTES", "Answer", "Chunk", "EventParser", "ToolDelta", "de
 MAX_EVENT_BYTES = 2 * 1024 * 1024
 """An event, or a line, over this is no token of an answer: the stream is given up before it fills the memory."""
 
+MAX_TOKENS = 2**53
+
 LINE_BYTES = 64
 """What a line of data costs beside its text; an event in millions of empty lines is over the bound, too."""
 
@@ -24,11 +26,16 @@ LINE_BYTES = 64
 class Counted(msgspec.Struct, frozen=True):
     """Usage as it comes; some servers know one of the two, or none."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: float | None = None
+    completion_tokens: float | None = None
 
     def usage(self) -> Usage:
-        return Usage(self.prompt_tokens or 0, self.completion_tokens or 0)
+        return Usage(_tokens(self.prompt_tokens), _tokens(self.completion_tokens))
+
+
+def _tokens(count: float | None) -> int:
+    """A count as far as it can be one: some servers say -1 for what they do not know."""
+    return int(count) if count is not None and 0 <= count <= MAX_TOKENS else 0
 
 
 class _Function(msgspec.Struct, frozen=True):
@@ -98,16 +105,24 @@ class EventParser:
     over, several data lines are one event. An event that the end of the stream cuts is not given.
     """
 
-    __slots__ = ("_data", "_tail")
+    __slots__ = ("_data", "_parts", "_size")
 
     def __init__(self) -> None:
-        self._tail = b""
+        self._parts: list[bytes] = []  # of a line whose end has not come; joined once, however many they are
+        self._size = 0
         self._data: list[bytes] = []
 
     def feed(self, data: bytes) -> list[bytes]:
         """The data of the events that *data* completes. Raises `ValueError` on one over `MAX_EVENT_BYTES`."""
-        if self._tail:
-            data = self._tail + data
+        if self._parts:
+            if b"\n" not in data and b"\r" not in data and not self._parts[-1].endswith(b"\r"):
+                self._parts.append(data)
+                self._size += len(data)
+                if self._size > MAX_EVENT_BYTES:
+                    raise ValueError(f"an event is over {MAX_EVENT_BYTES} bytes")
+                return []
+            data = b"".join(self._parts) + data
+            self._parts.clear()
         elif (
             data.startswith(b"data: ")
             and data.endswith(b"\n\n")
@@ -127,9 +142,11 @@ class EventParser:
         return self._events(data[:end]) if end else []
 
     def _keep(self, tail: bytes) -> None:
-        if len(tail) > MAX_EVENT_BYTES:
+        self._size = len(tail)
+        if self._size > MAX_EVENT_BYTES:
             raise ValueError(f"an event is over {MAX_EVENT_BYTES} bytes")
-        self._tail = tail
+        if tail:
+            self._parts.append(tail)
 
     def _events(self, lines: bytes) -> list[bytes]:
         found: list[bytes] = []

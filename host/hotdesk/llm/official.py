@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -112,7 +113,9 @@ class Official:
 
     def hide(self, text: str) -> str:
         """*text* without the key and what the headers say, whoever put them there, and not endless."""
-        for secret in (self._settings.api_key, *self._settings.headers.values()):
+        settings = self._settings
+        words = [word for value in settings.headers.values() for word in (value, *value.split())]
+        for secret in (settings.api_key, *words, urlsplit(settings.proxy).password or ""):
             if len(secret) >= MIN_SECRET_CHARS:
                 text = text.replace(secret, "…")
         return text if len(text) <= 500 else text[:500] + "…"

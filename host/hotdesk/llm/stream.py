@@ -59,6 +59,7 @@ class LlmStream:
         "_loop",
         "_model",
         "_parser",
+        "_places",
         "_plan",
         "_progress",
         "_ready",
@@ -94,6 +95,7 @@ class LlmStream:
         self.finish = ""
         self.usage: Usage | None = None
         self.tool_calls: list[ToolCall] = []
+        self._places: dict[int, int] = {}
 
     @property
     def model(self) -> str:
@@ -184,12 +186,12 @@ class LlmStream:
         failed: BaseException | None = None
         try:
             if not data:
-                if response.error is not None:
+                if response.error is not None and not self.finish:
                     raise self._broken(response.error)
                 self._end_of_body()
             else:
                 self._take_data(parser, data, texts)
-        except Failed as exc:
+        except Exception as exc:  # a fault of ours must reach who waits: nobody else would end the turn
             failed = exc
         try:
             full = tell(texts) if texts else False
@@ -211,7 +213,11 @@ class LlmStream:
             exc.error.shown = True
             exc.error.public = BROKE_OFF
             return exc.error
-        self._end("failed" if isinstance(exc, LlmError) else "cancelled")
+        if isinstance(exc, LlmError):  # its tries have been counted, one by one
+            self._release()
+            self._ended = True
+        else:
+            self._end("cancelled")
         return exc
 
     async def aclose(self) -> None:
@@ -244,6 +250,7 @@ class LlmStream:
                     raise failed.error from None
                 self._hang_up("failed")
                 self.finish, self.usage, self.tool_calls, self._failed = "", None, [], None
+                self._places = {}
                 await plan.after(failed)
                 if self._ended:  # hung up on while it waited
                     raise failed.error from None
@@ -291,7 +298,10 @@ class LlmStream:
                     self._take_whole(await read_rest(response, data), texts)
                     return texts
             except (LlmTimeout, *TRANSIENT) as exc:
-                raise self._broken(exc) from None
+                if not self.finish:
+                    raise self._broken(exc) from None
+                data = b""  # all was said; only the end of the body did not come
+            assert parser is not None
             try:
                 if not data:
                     self._end_of_body()
@@ -328,7 +338,7 @@ class LlmStream:
         """Read one event; its text goes to *texts*. Raises `Failed`."""
         try:
             chunk = decode_chunk(event)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise Failed(LlmUnavailable(self.model, f"sent an event that can't be read: {exc}"), retry=True) from None
         choices = chunk.choices
         if choices:
@@ -338,6 +348,9 @@ class LlmStream:
                 delta = None
             elif choice.finish_reason:
                 self.finish = choice.finish_reason
+                self._gap_s = END_S  # usage and [DONE] may follow, and need not
+                self._by = min(self._by, monotonic() + END_S)
+                self._see_to_timer()
             if delta is not None:
                 if delta.content:
                     texts.append(delta.content)
@@ -361,14 +374,17 @@ class LlmStream:
             self._arm()  # a gap is shorter than the wait for the first token, for which the timer is set
 
     def _take_calls(self, deltas: list[ToolDelta]) -> None:
-        calls = self.tool_calls
+        calls, places = self.tool_calls, self._places
         for delta in deltas:
             index = len(calls) if delta.index is None else delta.index
-            if not 0 <= index < MAX_TOOL_CALLS:
-                raise Failed(LlmUnavailable(self.model, f"asks for more than {MAX_TOOL_CALLS} tool calls"), retry=False)
-            while len(calls) <= index:
+            at = places.get(index)
+            if at is None or (delta.id and calls[at].id and delta.id != calls[at].id):  # some use one index for all
+                if len(calls) == MAX_TOOL_CALLS:
+                    error = LlmUnavailable(self.model, f"asks for more than {MAX_TOOL_CALLS} tool calls")
+                    raise Failed(error, retry=False)
+                at = places[index] = len(calls)
                 calls.append(ToolCall())
-            call = calls[index]
+            call = calls[at]
             if delta.id:
                 call.id = delta.id
             if delta.function is not None:
@@ -405,9 +421,14 @@ class LlmStream:
             self._ended = True
 
     def _hang_up(self, outcome: str) -> None:
-        (self._model or self._plan.model).count(outcome, self.usage)
-        _hang_up(self._model, self._response, self._timer)
+        model = self._model or self._plan.model
+        self._release()
+        model.count(outcome, self.usage)
+
+    def _release(self) -> None:
+        model, response, timer = self._model, self._response, self._timer
         self._model = self._response = self._timer = None
+        _hang_up(model, response, timer)
 
     def _see_to_timer(self) -> None:
         """Have the timer fire no later than at `_by`."""

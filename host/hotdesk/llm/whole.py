@@ -91,7 +91,7 @@ def answer_of(model: Model, body: bytes) -> tuple[str, str, Usage | None, list[T
     """Text, reason to end, usage and tool calls of a whole answer. Raises `Failed`."""
     try:
         answer = decode_answer(body)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise Failed(LlmUnavailable(model.name, f"sent an answer that can't be read: {exc}"), retry=True) from None
     if answer.error:
         raise Failed(LlmUnavailable(model.name, reason_of(model, answer.error)), retry=True)

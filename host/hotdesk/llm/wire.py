@@ -73,7 +73,10 @@ class Wire:
                 if fresh or not exc.unheard:
                     raise
             except BaseException:
-                connection.close()
+                if answer.done() and not answer.cancelled() and answer.exception() is None:
+                    answer.result().close()  # the connection may be somebody else's by now
+                else:
+                    connection.close()
                 raise
 
     def _reuse(self) -> Connection | None:
@@ -144,9 +147,9 @@ class Wire:
             said += part
             if not part or len(said) > MAX_HEAD_BYTES:
                 raise WireError("the proxy closed the connection")
-        status = said.split(None, 2)[1] if said.startswith(b"HTTP/1.") else b"?"
+        status = [*said.partition(b"\r\n")[0].split(), b"?", b"?"][1] if said.startswith(b"HTTP/1.") else b"?"
         if status != b"200":
-            raise WireError(f"the proxy answered with status {status.decode('latin-1')}")
+            raise WireError(f"the proxy answered with status {status[:20].decode('latin-1')}")
 
     async def aclose(self) -> None:
         """Hang up on everybody."""
@@ -166,7 +169,10 @@ def _put_down(task: asyncio.Task[Connection]) -> None:
 
 async def _dial(host: str, port: int) -> socket.socket:
     loop = asyncio.get_running_loop()
-    addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as exc:
+        raise WireError(f"{host!r} is no name of a host") from exc
     sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock

@@ -33,14 +33,14 @@ ABANDON_S = 1.0
 """How long a call may ignore its cancellation before its turn goes on without it."""
 
 monotonic, current_task = time.monotonic, asyncio.current_task
+INFINITE = float("inf")
 
 
 class Clock:
     """The running deadline of one task. `abandon` is called once if a call ignores being cancelled."""
 
     __slots__ = (
-        "_left",
-        "_resting",
+        "_owed",
         "_rests",
         "abandon",
         "about",
@@ -55,7 +55,7 @@ class Clock:
 
     def __init__(self, task: asyncio.Task[Any] | None, abandon: Callable[[], None] | None = None) -> None:
         self.task = task
-        self.deadline = float("inf")
+        self.deadline = INFINITE
         self.call: object = None
         self.expired: object = None
         self.expired_at = 0.0
@@ -66,24 +66,47 @@ class Clock:
         self.abandon = abandon
         self.about: dict[str, str] = {}
         """What a log line of its calls says beside the plugin: conversation and message."""
-        self._rests = 0
-        self._left = 0.0
-        self._resting: object = None
+        self._rests: dict[object, list[Any]] = {}
+        """Calls that rest: how often, and how much time each has left."""
+        self._owed: dict[object, float] = {}
 
-    def rest(self) -> None:
+    def rest(self) -> object:
         """Let the running call's deadline stand still until `go_on`: it waits for something with a deadline of its own.
 
-        Rests of one call may overlap.
+        Returns what `go_on` takes. Rests of one call may overlap, and others may begin and end meanwhile.
         """
-        self._rests += 1
-        if self._rests == 1:
-            self._left, self._resting = self.deadline - monotonic(), self.call
-            self.deadline = float("inf")
+        call = self.call
+        resting = self._rests.get(call)
+        if resting is None:
+            self._rests[call] = [1, self.deadline - monotonic()]
+            self.deadline = INFINITE
+        else:
+            resting[0] += 1
+        return call
 
-    def go_on(self) -> None:
-        self._rests -= 1
-        if not self._rests and self.call is self._resting:
-            self.deadline = monotonic() + self._left
+    def go_on(self, call: object) -> None:
+        resting = self._rests.get(call)
+        if resting is None:
+            return  # the call has ended without waiting for what it began
+        resting[0] -= 1
+        if resting[0]:
+            return
+        del self._rests[call]
+        if self.call is call:
+            self.deadline = monotonic() + resting[1]
+        else:
+            self._owed[call] = resting[1]  # a call further in runs; it is given back when that has ended
+
+    def end(self, call: object, outer: object, deadline: float) -> None:
+        """*call* has ended, and *outer*, which had *deadline*, goes on."""
+        self.call = outer
+        if self._rests:
+            self._rests.pop(call, None)
+        if self._owed:
+            self._owed.pop(call, None)
+            if outer in self._owed:
+                deadline = monotonic() + self._owed.pop(outer)
+        self.deadline = deadline
 
 
 CLOCK: ContextVar[Clock | None] = ContextVar("hotdesk_clock", default=None)
@@ -204,9 +227,11 @@ class Calls:
         finally:
             CURRENT.reset(token)
             now = monotonic()
-            clock.call, clock.task = outer_call, outer_task
-            hook.stats.observe(slot.timeout_s - (clock.deadline - now))  # what further calls took was added back
-            clock.deadline = outer_deadline + (now - start)
+            clock.task = outer_task
+            left = clock.deadline - now
+            # what further calls took was added back; of one that rests for ever nobody knows its own time
+            hook.stats.observe(slot.timeout_s - left if left != INFINITE else now - start)
+            clock.end(me, outer_call, outer_deadline + (now - start))
         if clock.cancelled:
             raise TurnAborted
         if clock.expired is me:

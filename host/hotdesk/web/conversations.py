@@ -287,7 +287,7 @@ class _SseSink:
         if self._size + (self._held.size if self._held is not None else 0) > self._limit:
             self._cut()
             return True
-        if event.kind == "chunk" and self._size > self._soft:
+        if event.kind == "chunk" and (self._held is not None or self._size > self._soft):
             self._hold(event)
             return True
         if self._held is not None and self._held.overtaken_by(event):
