@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import httptools
-
-if TYPE_CHECKING:
-    from .wire import Wire
 
 __all__ = ["HIGH_WATER_BYTES", "MAX_HEAD_BYTES", "Connection", "Response", "WireError"]
 
@@ -30,6 +27,14 @@ class WireError(Exception):
     def __init__(self, text: str, *, unheard: bool = False) -> None:
         self.unheard = unheard
         super().__init__(text)
+
+
+class Keeper(Protocol):
+    """Who keeps connections: told of each that is there, is gone, or is free again."""
+
+    connections: set[Connection]
+
+    def give_back(self, connection: Connection) -> None: ...
 
 
 class Response:
@@ -183,9 +188,9 @@ class Connection(asyncio.Protocol):
         "_head",
         "_headers",
         "_headers_done",
+        "_keeper",
         "_parser",
         "_until_close",
-        "_wire",
         "answer",
         "heard",
         "idle_since",
@@ -193,8 +198,8 @@ class Connection(asyncio.Protocol):
         "transport",
     )
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self.transport: asyncio.Transport
         self.response: Response | None = None
         self.answer: asyncio.Future[Response] | None = None
@@ -213,7 +218,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "pause_reading")
         self.transport = transport  # type: ignore[assignment]
-        self._wire.connections.add(self)
+        self._keeper.connections.add(self)
 
     def ask(self, request: bytes, answer: asyncio.Future[Response]) -> None:
         """Send *request*; *answer* is told when the headers of its response are there."""
@@ -239,7 +244,7 @@ class Connection(asyncio.Protocol):
         self._lost("it closed the connection before the end of its answer")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._wire.connections.discard(self)
+        self._keeper.connections.discard(self)
         self._lost(f"the connection broke: {exc}" if exc else "it closed the connection before the end of its answer")
 
     def _lost(self, why: str) -> None:
@@ -264,7 +269,7 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Hang up at once."""
         self.response = self.answer = None
-        self._wire.connections.discard(self)
+        self._keeper.connections.discard(self)
         self.transport.abort()
 
     # -- called by the parser --------------------------------------------------------------------------------------
@@ -304,7 +309,7 @@ class Connection(asyncio.Protocol):
         )
         response.end()
         if keep:
-            self._wire.give_back(self)
+            self._keeper.give_back(self)
         else:
             self.close()
 
