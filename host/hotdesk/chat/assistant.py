@@ -279,9 +279,8 @@ class Answering:
             stream = self._stream
             try:
                 batch = await stream.next_batch()
-            except BaseException:
-                self._reply.metadata["model"] = stream.model
-                raise
+            finally:
+                self._reply.metadata["model"] = stream.model  # now, for it may be cut between two pulls
             if batch:
                 if self._offered:
                     self._said += batch
@@ -303,9 +302,8 @@ class Answering:
             try:
                 if not await stream.push(note if self._offered else tell):
                     return False
-            except BaseException:
-                self._reply.metadata["model"] = stream.model
-                raise
+            finally:
+                self._reply.metadata["model"] = stream.model  # see `next_batch`
             self._count(stream)
             if not (calls := _named(stream)) or not self._offered or self._rounds == MAX_ROUNDS:
                 return True
@@ -318,7 +316,6 @@ class Answering:
                 before.prompt_tokens + usage.prompt_tokens, before.completion_tokens + usage.completion_tokens
             )
         metadata = self._reply.metadata
-        metadata["model"] = stream.model
         if self._usage is not None:
             metadata["usage"] = {"in": self._usage.prompt_tokens, "out": self._usage.completion_tokens}
         if stream.finish not in ("", "stop", "tool_calls"):

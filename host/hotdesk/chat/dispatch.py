@@ -395,7 +395,7 @@ class _Driven(_Pulled):
         last = self._dispatch.reply(self._slot, self._hook, given)
         if last is None:
             return []
-        self._reply.metadata.update(last.metadata)
+        last.metadata = self._reply.metadata = self._reply.metadata | last.metadata  # one: a stream adds to it later
         if last.chunks is not None:
             self._rest = self._dispatch.pulled(self._slot, self._hook, self._turn, last.chunks)
             return await self._rest.next_batch()

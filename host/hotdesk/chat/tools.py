@@ -110,6 +110,7 @@ class ToolCalls:
         text = "error: it was cancelled"
         try:
             text = await self._one(turn, toolbox, offered, call, abandon)
+            text = text.encode("utf-8", "replace").decode()  # half a character can't be said, of an error neither
         finally:
             if not told.done():
                 told.set_result(text)
@@ -146,7 +147,6 @@ class ToolCalls:
         try:
             result = await self._calls.call(slot, hook, clock, function)
             text = result if isinstance(result, str) else _encode(result).decode()
-            text = text.encode("utf-8", "replace").decode()  # half a character can't be said
         except CallTimeout as failure:
             return f"error: '{name}' took over {failure.timeout_ms} ms", "timeout"
         except CallFailed as failure:
