@@ -50,6 +50,7 @@ from .runtime.release import Release
 from .runtime.reload import Plugins
 from .runtime.settings_file import follow_settings
 from .runtime.stalls import StallWatch
+from .runtime.wasm_loader import WasmLoader
 from .web.access import Access
 from .web.admin import Admin
 from .web.application import Doors, make_application
@@ -178,13 +179,16 @@ async def open_host(
         def denied(plugin: str, generation: int, capability: str) -> None:
             events.tell("capability_denied", plugin=plugin, generation=generation, capability=capability)
 
+        wasm = WasmLoader(config, log)
+        stack.push_async_callback(wasm.aclose)
         maker = Maker(
             calls=calls,
             loader=loader,
+            wasm=wasm,
             release=Release(loader),
             metrics=metrics,
             plugin_metrics=PluginMetrics(registry),
-            doors=CapabilityDoors(backend, assistant.for_plugin, denied),
+            doors=CapabilityDoors(backend, assistant.for_plugin, denied, frozenset(config.http_hosts)),
             send=intake.say,
             compile_routes=compile_routes,
             log=log,
@@ -207,6 +211,7 @@ async def open_host(
         )
         metrics.watch_gauge("hotdesk_turns_live", "Turns accepted and not ended", lambda: turns.live)
         metrics.watch_gauge("hotdesk_generations_alive", "Generations not proven gone", lambda: maker.alive)
+        metrics.watch_gauge("hotdesk_wasm_stores", "Stores of components that are alive", lambda: wasm.instances)
         stalls = _watch_stalls(config, maker, events, metrics)
         stack.callback(stalls.close)
         stack.push_async_callback(plugins.aclose)

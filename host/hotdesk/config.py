@@ -123,6 +123,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     max_text_bytes: Positive = 128 * 1024
     max_image_bytes: Positive = 5 * 1024 * 1024
     image_hosts: tuple[str, ...] = ()
+    http_hosts: tuple[str, ...] = ()
     max_reply_chars: Positive = 1024 * 1024
     max_buffer_bytes: Positive = 512 * 1024
     reader_stall_s: Seconds = 20.0
@@ -140,6 +141,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     breaker_failures: Annotated[int, Meta(ge=1, le=20)] = 10
     breaker_cooldown_s: Seconds = 5.0
     stall_ms: Positive = 100
+    wasm_instances: Positive = 8
+    wasm_memory_mb: Annotated[int, Meta(ge=1, le=4095)] = 64
+    wasm_output_bytes: Positive = 4 * 1024 * 1024
+    wasm_cache: str = ""
+    wasm_cache_mb: Positive = 1024
+    wasm_compile_mb: Annotated[int, Meta(ge=256)] = 2048
+    wasm_compile_timeout_s: Seconds = 60.0
     retention_days: NotNegative = 0
     plugin_settings: dict[str, PluginSettings] = {}
     llm: LlmSettings = LlmSettings()
@@ -175,8 +183,8 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str], *, file: s
         document["plugins"] = document.pop("plugin_folders")
     for name, value in document.items():
         values[name] = _convert(name, value, str(path), strict=True)
-    for name in ("plugins", "data"):
-        if name in values:
+    for name in ("plugins", "data", "wasm_cache"):
+        if values.get(name):
             values[name] = _relative_to(path.parent, values[name])
     for key, raw in environ.items():
         if key.startswith("HOTDESK_") and (name := key[8:].lower()) in SETTINGS:
@@ -369,8 +377,9 @@ def _check_together(config: Config) -> None:
         raise ConfigError("backend", config.backend, "start", "write sqlite:///path (three slashes, four if absolute)")
     if config.workers != 1:
         raise ConfigError("workers", config.workers, "start", "the sqlite backend serves from one process; use 1")
-    for host in config.image_hosts:
-        if not host or "/" in host or "*" in host or "@" in host or host != host.strip():
-            raise ConfigError("image_hosts", host, "start", "write a host, or host:port, without http://")
+    for name in ("image_hosts", "http_hosts"):
+        for host in getattr(config, name):
+            if not host or "/" in host or "*" in host or "@" in host or host != host.strip():
+                raise ConfigError(name, host, "start", "write a host, or host:port, without http://")
     if config.visitor_secret and len(config.visitor_secret) < 32:
         raise ConfigError("visitor_secret", "…", "start", "it must have at least 32 characters")

@@ -24,7 +24,8 @@ from conftest import StartDesk, wait_until
 from hotdesk.backend import Backend, TurnEnd, open_backend
 from hotdesk.backend.images import ImageStore
 from hotdesk.chat.image_content import decode_base64, inspect
-from hotdesk.chat.image_fetch import check_image_url, is_public
+from hotdesk.chat.image_fetch import check_image_url
+from hotdesk.runtime.network import is_public
 from hotdesk.chat.images import Images, LoadedImage, described
 from hotdesk.chat.intake import Accepted, NewMessage
 from hotdesk.chat.turns import new_id

@@ -16,7 +16,7 @@ from tests.llm.asking import settings_of
 from tests.llm.raw_server import serving
 
 from conftest import StartDesk
-from hotdesk.chat.image_fetch import is_public
+from hotdesk.runtime.network import is_public
 from hotdesk.chat.prompt import MAX_IMAGES
 from hotdesk.config import LlmSettings
 from pictures import encoded, noise

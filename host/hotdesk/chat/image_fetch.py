@@ -7,18 +7,17 @@ a connection a name can change what it means.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from ..errors import ImageUnusable
+from ..runtime.network import InsideAddress, any_socket, causes, is_public, public_socket
 
-__all__ = ["FETCH_S", "Fetcher", "check_image_url", "is_public"]
+__all__ = ["FETCH_S", "Fetcher", "check_image_url"]
 
 MAX_URL = 2048
 MAX_REDIRECTS = 3
@@ -28,49 +27,6 @@ AT_ONCE = 32
 """Fetches at the same time; the others wait, and the wait is not counted against them."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_INSIDE = tuple(
-    ipaddress.ip_network(block)
-    for block in (
-        "192.0.0.0/24",
-        "192.88.99.0/24",
-        "::/96",
-        "64:ff9b:1::/48",
-        "2001::/23",
-        "3fff::/20",
-        "5f00::/16",
-        "fec0::/10",
-    )
-)
-"""What the standard library, depending on its age, takes for public, and is not; and ways into it: relays, tunnels,
-local translation."""
-
-_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All that IANA has given out for the public."""
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-def is_public(address: str) -> bool:
-    """Whether anyone on the Internet could be meant. An IPv4 address within an IPv6 one counts as itself."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.scope_id is not None:
-            return False
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is None and ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip not in _GLOBAL_UNICAST:
-            return False
-    return (
-        ip.is_global
-        and not ip.is_multicast
-        and not any(ip in block for block in _INSIDE if block.version == ip.version)
-    )
 
 
 def check_image_url(text: str, hosts: frozenset[str] = frozenset()) -> URL:
@@ -147,7 +103,7 @@ class Fetcher:
             except TimeoutError:
                 raise ImageUnusable(f"its server took over {self._seconds:g} seconds") from None
             except (aiohttp.ClientError, OSError, ValueError) as exc:
-                if any(isinstance(cause, _Inside) for cause in _causes(exc)):
+                if any(isinstance(cause, InsideAddress) for cause in causes(exc)):
                     raise ImageUnusable("its url points inside this network") from None
                 raise ImageUnusable("its server can't be reached, or breaks off") from exc
 
@@ -169,7 +125,7 @@ class Fetcher:
             resolver=self._resolver,
             use_dns_cache=False,
             force_close=True,
-            socket_factory=_any_socket if _is_allowed(url, self._hosts) else _public_socket,
+            socket_factory=any_socket if _is_allowed(url, self._hosts) else public_socket,
         )
         async with (
             aiohttp.ClientSession(
@@ -227,34 +183,3 @@ class _Names(AbstractResolver):
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-class _Inside(OSError):
-    """A connection to an address that is not public."""
-
-
-def _any_socket(info: Any) -> socket.socket:
-    return socket.socket(info[0], info[1], info[2])
-
-
-def _public_socket(info: Any) -> socket.socket:
-    """A socket for this address, the very one that is connected to next. Raises `OSError` unless it is public."""
-    address = info[4]
-    if not is_public(address[0]) or (len(address) > 3 and address[3]):
-        raise _Inside("not a public address")
-    return _any_socket(info)
-
-
-def _causes(exc: BaseException | None) -> list[BaseException]:
-    """An error and all that led to it."""
-    found: list[BaseException] = []
-    waiting = [exc]
-    while waiting:
-        current = waiting.pop()
-        if current is None or current in found or len(found) > 32:
-            continue
-        found.append(current)
-        waiting += [current.__cause__, current.__context__, getattr(current, "os_error", None)]
-        if isinstance(current, BaseExceptionGroup):
-            waiting += current.exceptions
-    return found

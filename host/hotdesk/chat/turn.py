@@ -147,6 +147,7 @@ class TurnRun:
         "roomy",
         "said",
         "shown",
+        "silenced",
         "snapshot",
         "started",
         "streamed",
@@ -186,6 +187,8 @@ class TurnRun:
         """There was room since the last chunks were told."""
         self.unanswered: tuple[str, str] | None = None
         """The error that stands in for silence: why a bot that would have answered could not."""
+        self.silenced = False
+        """A plugin decided that an empty answer is none."""
         self.ending = False
         """The answer is decided, and on its way to the disk: nothing can be cancelled any more."""
         self.ended: Ended | None = None
@@ -253,6 +256,7 @@ class TurnRun:
         self.text = self.message.text
         self.answered_by = self.rerun = self.refused = self.unanswered = self.streamed = None
         self.pending = []
+        self.silenced = False
         self._conversation = None
 
     def wait_ended(self) -> asyncio.Future[Ended | None]:

@@ -270,6 +270,8 @@ class Turns:
             return None, {}, turn.unanswered
         if reply.chunks is not None:
             return await self._streams.run(turn, reply)
+        if turn.silenced and not reply.text:
+            return None, {}, None
         if len(reply.text) > self._max_reply_chars:
             self._log.error("reply_too_long", conversation=turn.message.conversation, message=turn.id)
             return None, {}, ("turn_refused", f"the reply is over {self._max_reply_chars} characters")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .scope import Scope
     from .sources import Bundle
     from .tools import LoadedTool
+    from .wasm_guest import Guest
 
 __all__ = ["Active", "BoundHook", "Breaker", "Generation", "PluginState", "Slot", "Snapshot"]
 
@@ -55,6 +56,7 @@ class Generation:
         "__weakref__",
         "bundle",
         "first_answer",
+        "guest",
         "hooks",
         "last_failure",
         "loaded_at",
@@ -84,6 +86,8 @@ class Generation:
         self.hooks: dict[str, BoundHook] = {}
         self.scope: Scope
         self.tools: list[LoadedTool] = []
+        self.guest: Guest | None = None
+        """A component's instances; None for Python."""
         self.routes: Any = None
         self.snapshots: set[Snapshot] = set()
         self.probation_left = 0

@@ -20,6 +20,7 @@ from ..logs import Logger
 from ..metrics import Metrics
 from .active import BoundHook, Generation, Slot
 from .guards import CURRENT
+from .wasm_calls import GuestTimeout
 
 __all__ = ["CLOCK", "Calls", "Clock", "blame"]
 
@@ -220,7 +221,7 @@ class Calls:
                 raise TurnAborted from None
             if isinstance(exc, BaseExceptionGroup) and _aborted(exc):
                 raise TurnAborted from None
-            if clock.expired is me:
+            if clock.expired is me or isinstance(exc, GuestTimeout):
                 self._uncancel(clock)
                 raise self._late(slot, hook, start) from None
             raise self._failed(slot, hook, exc) from exc

@@ -11,6 +11,7 @@ import aiohttp
 import msgspec
 
 from .active import Generation
+from .network import public_socket
 
 if TYPE_CHECKING:
     from .scope import Context, Scope
@@ -19,6 +20,8 @@ __all__ = ["CapabilityDoors", "KvStore", "PluginHttp", "PluginKv"]
 
 MAX_VALUE_BYTES = 1024 * 1024
 MAX_KEY_CHARS = 512
+MAX_FETCHED_BYTES = 4 * 1024 * 1024
+"""Of an answer that a component fetches."""
 
 
 class KvStore(Protocol):
@@ -38,6 +41,8 @@ class CapabilityDoors:
     """Makes `ctx.llm` of one generation; the chat room's."""
 
     denied: Callable[[str, int, str], None]
+    http_hosts: frozenset[str] = frozenset()
+    """Inside the network, and components may reach them all the same, where granted: `host` or `host:port`."""
 
 
 class PluginKv:
@@ -93,10 +98,11 @@ class FetchedResponse:
 class PluginHttp:
     """See `hotdesk_sdk.Http`. Redirects are not followed: the next host would need a grant of its own."""
 
-    def __init__(self, generation: Generation, ctx: Context) -> None:
+    def __init__(self, generation: Generation, ctx: Context, *, public_only: bool = False) -> None:
         self._generation = generation
+        self._public_only = public_only
         self._ctx = ctx
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def request(
         self,
@@ -114,9 +120,8 @@ class PluginHttp:
         capability = next((c for c in asked if c in names), f"http:{parts.hostname}")
         self._ctx._need(capability)
         self._ctx._scope.serve("ctx.http")
-        if self._session is None:
-            self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
-        async with self._session.request(
+        inside = bool(names & {f"http:{host}" for host in self._ctx._doors.http_hosts})
+        async with self._session_for(inside).request(
             method,
             url,
             headers=headers,
@@ -125,7 +130,26 @@ class PluginHttp:
             timeout=aiohttp.ClientTimeout(total=timeout),
             allow_redirects=False,
         ) as response:
-            return FetchedResponse(response.status, dict(response.headers), await response.read())
+            if not self._public_only:
+                return FetchedResponse(response.status, dict(response.headers), await response.read())
+            parts_, size = [], 0
+            async for part in response.content.iter_any():
+                size += len(part)
+                if size > MAX_FETCHED_BYTES:
+                    raise ValueError(f"the answer has over {MAX_FETCHED_BYTES} bytes")
+                parts_.append(part)
+            return FetchedResponse(response.status, dict(response.headers), b"".join(parts_))
+
+    def _session_for(self, inside: bool) -> aiohttp.ClientSession:
+        """*inside*: the operator lets guests reach this host though it is inside."""
+        public = self._public_only and not inside
+        if public not in self._sessions:
+            # a connection that was made for a public address is never used for another, so both have a pool
+            connector = aiohttp.TCPConnector(socket_factory=public_socket) if public else None
+            self._sessions[public] = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
+            )
+        return self._sessions[public]
 
     async def get(self, url: str, **options: Any) -> FetchedResponse:
         return await self.request("GET", url, **options)
@@ -134,5 +158,5 @@ class PluginHttp:
         return await self.request("POST", url, **options)
 
     async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in self._sessions.values():
+            await session.close()

@@ -27,6 +27,7 @@ from .release import Leftover, Release
 from .scope import Context, Scope, Sender
 from .sources import Bundle
 from .tools import load_tools
+from .wasm_loader import WasmLoader
 
 __all__ = ["Maker", "Prepared"]
 
@@ -37,7 +38,7 @@ class Prepared:
 
     generation: Generation
     slot: Slot
-    module: ModuleType
+    module: ModuleType | None
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class Maker:
         *,
         calls: Calls,
         loader: PythonLoader,
+        wasm: WasmLoader,
         release: Release,
         metrics: Metrics,
         plugin_metrics: PluginMetrics,
@@ -69,6 +71,7 @@ class Maker:
         self.release = release
         self._calls = calls
         self._loader = loader
+        self._wasm = wasm
         self._metrics = metrics
         self._plugin_metrics = plugin_metrics
         self._doors = doors
@@ -113,8 +116,11 @@ class Maker:
         )
         inside = self._inside[generation] = _Inside(None, ctx, scope)
         try:
-            inside.module = await self._loader.load(generation, self._setup_timeout_s)
-            generation.hooks = bind_hooks(generation, inside.module, ctx, self._metrics.call_stats)
+            if bundle.component is not None:
+                generation.hooks = await self._wasm.load(generation, ctx, self._metrics.call_stats)
+            else:
+                inside.module = await self._loader.load(generation, self._setup_timeout_s)
+                generation.hooks = bind_hooks(generation, inside.module, ctx, self._metrics.call_stats)
             steps["load_ms"] = (time.monotonic() - started) * 1000
             await self._bring_up(generation, old, steps)
         except BaseException:
@@ -238,6 +244,9 @@ class Maker:
         if inside is None:
             return []
         problems = await inside.scope.aclose()
+        guest, generation.guest = generation.guest, None
+        if guest is not None:
+            problems += [f"{what} (still there)" for what in await guest.aclose()]
         left: list[Leftover] = await self.release.sweep(generation)
         return [*problems, *map(str, left)]
 

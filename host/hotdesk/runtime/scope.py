@@ -152,6 +152,7 @@ class Context:
         self._send = send
         self._modules = modules
         self._http: PluginHttp | None = None
+        self._guest_http: PluginHttp | None = None
         self._kv: PluginKv | None = None
         self._llm: Any = None
 
@@ -184,6 +185,15 @@ class Context:
             self._http = PluginHttp(self._generation, self)
             self._scope.push("ctx.http", self._http.aclose)
         return self._http
+
+    @property
+    def http_for_guests(self) -> PluginHttp:
+        """`http` for a sandbox: public addresses only, and answers of a bounded size."""
+        self._scope.serve("http")
+        if self._guest_http is None:
+            self._guest_http = PluginHttp(self._generation, self, public_only=True)
+            self._scope.push("http", self._guest_http.aclose)
+        return self._guest_http
 
     async def send(self, conversation: str, text: str, *, metadata: dict[str, Any] | None = None) -> Any:
         self._scope.serve("ctx.send")

@@ -26,6 +26,7 @@ import msgspec
 from hotdesk_sdk import Manifest, parse_manifest
 
 from ..errors import LoadFailed
+from .wit_inspect import Inspected, inspect_component
 
 __all__ = ["Bundle", "Source", "bundle_of", "find_entry_points", "find_sources", "name_of", "settle", "signature"]
 
@@ -43,6 +44,9 @@ MAX_FILES = 1000
 MAX_SOURCE_BYTES = 2 * 1024 * 1024
 """More than this is no plugin's source: compiling a 24 MB literal held the interpreter for twelve seconds."""
 
+MAX_WASM_BYTES = 64 * 1024 * 1024
+"""More than this is no plugin: a whole CPython as a component has 18 MiB."""
+
 WRITER_LIMIT_S = 10.0
 """After this the file is read though somebody keeps it open for writing."""
 
@@ -59,8 +63,20 @@ class Source:
     def manifest_path(self) -> Path:
         return self.path / "plugin.toml" if self.kind == "folder" else self.path.with_suffix(".toml")
 
+    @property
+    def wasm_path(self) -> Path | None:
+        """The component, if it is one: the file, or `plugin.wasm` in a folder without `__init__.py`."""
+        if self.kind == "wasm":
+            return self.path
+        if self.kind == "folder" and not (self.path / "__init__.py").exists() and (self.path / "plugin.wasm").exists():
+            return self.path / "plugin.wasm"
+        return None
+
     def files(self) -> list[Path]:
         """Every file that belongs to it, in a stable order."""
+        wasm = self.wasm_path
+        if self.kind == "folder" and wasm is not None:  # its sources, and what built it, are beside it
+            return [wasm, self.manifest_path] if self.manifest_path.exists() else [wasm]
         if self.kind == "folder":
             found: list[Path] = []
             seen: set[tuple[int, int]] = set()
@@ -99,6 +115,10 @@ class Bundle:
     code: dict[str, CodeType] = field(compare=False)
     paths: dict[str, str]
     """The path that a traceback shows, to the name in `files`."""
+    component: Inspected | None = None
+    """What a WebAssembly component says of itself; None for Python."""
+    wasm_digest: str = ""
+    """Of the component's bytes alone."""
 
     def same_as(self, other: Bundle) -> bool:
         """Whether there is nothing to apply: neither code nor config differ."""
@@ -307,6 +327,9 @@ def _read(source: Source, *, lease: bool) -> dict[str, bytes]:
             stat = os.fstat(fd)
             if not stat_module.S_ISREG(stat.st_mode):
                 raise LoadFailed(source.name, "read", "it is no regular file", file=str(path))
+            if path.suffix == ".wasm" and stat.st_size > MAX_WASM_BYTES:
+                problem = f"it has {stat.st_size:,} bytes; a component may have {MAX_WASM_BYTES:,}"
+                raise LoadFailed(source.name, "read", problem, file=str(path))
             if path.suffix == ".py" and stat.st_size > MAX_SOURCE_BYTES:
                 problem = f"it has {stat.st_size} bytes; a source may have {MAX_SOURCE_BYTES}"
                 raise LoadFailed(source.name, "read", problem, file=str(path))
@@ -340,11 +363,15 @@ def bundle_of(source: Source, files: dict[str, bytes]) -> Bundle:
     raw = files.get(manifest_name)
     manifest = parse_manifest(source.name, raw, file=str(base / manifest_name))
     main = "__init__.py" if source.kind == "folder" else source.path.name
-    if main not in files or main.endswith(".wasm"):
-        raise LoadFailed(
-            source.name, "find", "it is WebAssembly, which this version does not load", file=str(source.path)
-        )
-    if not files[main].strip():
+    wasm = source.wasm_path
+    if wasm is not None:
+        data = files[wasm.name]
+        inspected = inspect_component(manifest.name, data, file=str(wasm), max_bytes=MAX_WASM_BYTES)
+        component: Inspected | None = inspected
+        digest = hashlib.sha256(data).hexdigest()
+    else:
+        component, digest = None, ""
+    if wasm is None and not files[main].strip():
         raise LoadFailed(source.name, "parse", "the file is empty", file=str(base / main))
     code, paths = {}, {}
     for name, data in files.items():
@@ -359,7 +386,9 @@ def bundle_of(source: Source, files: dict[str, bytes]) -> Bundle:
         _digest(source, files, manifest_name),
         _hash([msgspec.json.encode(manifest.config)]),
         code,
-        paths,
+        {str(wasm): wasm.name} if wasm is not None else paths,
+        component,
+        digest,
     )
 
 

@@ -1,0 +1,148 @@
+"""From a component's bytes to native code: from the cache, or from the process that compiles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import LoadFailed
+from .guards import host_task
+from .wasm_cache import CodeCache
+
+__all__ = ["Compiler"]
+
+IDLE_S = 120.0
+"""How long the process waits for another component before it goes; starting one takes a tenth of a second."""
+
+
+class Compiler:
+    """Compiles one component at a time. The process is started when it is first needed."""
+
+    def __init__(self, cache: CodeCache, *, key: str, max_mb: int, timeout_s: float) -> None:
+        self._cache = cache
+        self._key = key
+        self._max_mb = max_mb
+        self._timeout_s = timeout_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._lock = asyncio.Lock()
+        self._idle: asyncio.TimerHandle | None = None
+        self._closing: set[asyncio.Task[Any]] = set()
+
+    def key_of(self, digest: str, *, baseline: bool = False) -> str:
+        """The name that native code is kept by."""
+        return hashlib.sha256(f"{digest} {self._key} {baseline}".encode()).hexdigest()
+
+    async def cached(self, digest: str) -> bytes | None:
+        """Native code of the component with the hash *digest*, if it was compiled before."""
+        return await asyncio.to_thread(self._cache.read, self.key_of(digest))
+
+    async def compile(self, plugin: str, data: bytes, digest: str, *, baseline: bool = False) -> bytes:
+        """Native code of *data*. Raises `LoadFailed`, after `wasm_compile_timeout_s` at the latest."""
+        target = self._cache.new_file()
+        async with self._lock:
+            if self._idle is not None:
+                self._idle.cancel()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    answer = await self._ask(data, target, baseline)
+            except TimeoutError:
+                await self._end()
+                raise LoadFailed(
+                    plugin, "compile", f"compiling it took over {self._timeout_s:g} s (`wasm_compile_timeout_s`)"
+                ) from None
+            except (EOFError, ConnectionError, msgspec.DecodeError):
+                code = await self._end()
+                problem = f"compiling it ended the compiler ({_ended(code)}): it may take over {self._max_mb} MB"
+                raise LoadFailed(plugin, "compile", f"{problem} (`wasm_compile_mb`)") from None
+            except asyncio.CancelledError:
+                await self._end()
+                raise
+            finally:
+                if self._process is None:
+                    target.unlink(missing_ok=True)
+                else:
+                    self._idle = asyncio.get_running_loop().call_later(IDLE_S, self._let_go)
+        if answer is not None:
+            target.unlink(missing_ok=True)
+            raise LoadFailed(plugin, "compile", _short(answer))
+        try:
+            return await asyncio.to_thread(self._cache.keep, self.key_of(digest, baseline=baseline), target)
+        except OSError as exc:
+            raise LoadFailed(plugin, "compile", f"its native code can't be read back: {exc.strerror}") from exc
+
+    async def _ask(self, data: bytes, target: Path, baseline: bool) -> str | None:
+        if self._process is None or self._process.returncode is not None:
+            await self._start()
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        head = msgspec.json.encode({"size": len(data), "target": str(target), "baseline": baseline})
+        process.stdin.write(head + b"\n" + data)
+        await process.stdin.drain()
+        return _read_line(await process.stdout.readline()).get("error")
+
+    async def _start(self) -> None:
+        # in a context and task of the host's own: the process is on no plugin's account
+        self._process = await host_task(
+            asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "hotdesk.runtime.wit_compile",
+                str(self._max_mb),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        )
+        assert self._process is not None
+        assert self._process.stdout is not None
+        _read_line(await self._process.stdout.readline())
+
+    def _let_go(self) -> None:
+        self._idle = None
+        task = host_task(self._end())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _end(self) -> int | None:
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        code = await process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+            with contextlib.suppress(ConnectionError):
+                await process.stdin.wait_closed()
+        return code
+
+    async def aclose(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        await self._end()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+
+def _read_line(line: bytes) -> dict[str, Any]:
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return msgspec.json.decode(line, type=dict[str, Any])
+
+
+def _ended(code: int | None) -> str:
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _short(error: str) -> str:
+    lines = [line.strip() for line in error.splitlines() if line.strip() and line.strip() != "Caused by:"]
+    return "; ".join(lines)[:500]

@@ -1,0 +1,344 @@
+"""A generation of a component: its instances, who gets which, and what the host does for it on the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from hotdesk_sdk import CapabilityDenied, LlmError, ScopeClosed
+
+from ..errors import describe
+from .active import Generation
+from .call import CLOCK
+from .scope import Context
+from .wasm import Code, Instance, Machine
+from .wasm_calls import DONE, FAILED, STOP, GuestCall, GuestError, GuestFault
+from .wasm_imports import LogBudget, failure
+
+__all__ = ["Guest"]
+
+END_S = 2.0
+"""How long an instance may take to end; one that computes is stopped within a tick."""
+
+FAR = 3600.0
+"""The deadline of a call that has none of its own, in seconds."""
+
+HTTP_S = 10.0
+
+
+class Guest:
+    """The guest of one generation. Calls wait for a free instance, of which there are at most *most*.
+
+    A plugin that keeps state in memory (its `export-state` gives some right after `setup`) gets one.
+    """
+
+    def __init__(self, machine: Machine, code: Code, generation: Generation, ctx: Context, *, most: int) -> None:
+        self.code = code
+        self.log = ctx.log
+        self.log_budget = LogBudget()
+        self.config_text = msgspec.json.encode(ctx.config).decode()
+        self._machine = machine
+        self._generation = generation
+        self._ctx = ctx
+        self._most = most
+        self._settings = 1
+        self._state: tuple[str, str] | None = None
+        """What was imported: given again to an instance that takes a dead one's place."""
+
+        self._loop = asyncio.get_running_loop()
+        self._idle: list[Instance] = []
+        self._instances: set[Instance] = set()
+        self._ending: set[Instance] = set()
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._starting = 0
+        self._closed = False
+        self.keeps_state = False
+
+    def has(self, name: str) -> bool:
+        """Whether it exports "interface.function"."""
+        return name in self.code.functions
+
+    @property
+    def instances(self) -> int:
+        """How many Stores it has."""
+        return len(self._instances) + len(self._ending)
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Make the first instance, with `setup`. Raises what the guest does."""
+        instance = await self._start()
+        if self.has("lifecycle.export-state"):
+            state = await self._made(instance, "lifecycle.export-state")
+            if state is not None:
+                self.keeps_state, self._most = True, 1
+        self._give_back(instance)
+
+    async def import_state(self, state: str, version: str) -> None:
+        """Raises `GuestError` when it can't be imported."""
+        await self.call("lifecycle.import-state", state, version)
+        self._state = state, version
+
+    async def configure(self, config: dict[str, Any]) -> bool:
+        """Offer the config to one instance; the others get it before their next call."""
+        text = msgspec.json.encode(config).decode()
+        instance = await self._take()
+        before, self.config_text = self.config_text, text
+        try:
+            taken = bool(_good(await self._made(instance, "lifecycle.configure", text)))
+        except BaseException:
+            self.config_text = before
+            raise
+        finally:
+            self._give_back(instance)
+        if taken:
+            self._settings += 1
+            instance.settings = self._settings
+        else:
+            self.config_text = before
+        return taken
+
+    async def aclose(self) -> list[str]:
+        """End every instance; those that compute are stopped. Returns what could not be ended, in words."""
+        self._closed = True
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        for instance in [*self._instances]:
+            self._retire(instance)
+        if self._ending:
+            await asyncio.wait([one.ended for one in self._ending], timeout=END_S)
+        return [f"wasm store of instance {one._number}" for one in self._ending if not one.ended.done()]
+
+    def _retire(self, instance: Instance) -> None:
+        self._instances.discard(instance)
+        if not instance.ended.done():
+            self._ending.add(instance)
+            instance.ended.add_done_callback(lambda _: self._ending.discard(instance))
+        call = instance.call
+        if call is not None:
+            call.cancelled = True
+            instance.answer(STOP)
+        instance.submit(None)
+
+    # -- calls -----------------------------------------------------------------------------------------------
+
+    async def call(self, name: str, *arguments: Any, turn: Any = None) -> Any:
+        """Call the exported function; its result, unwrapped.
+
+        Raises `GuestError` (it said so), `GuestFault` (it trapped), `GuestTimeout`.
+        """
+        instance = await self._take()
+        try:
+            return _good(await self._made(instance, name, *arguments, turn=turn))
+        finally:
+            self._give_back(instance)
+
+    async def _take(self) -> Instance:
+        while True:
+            if self._closed:
+                raise ScopeClosed(self._generation.plugin, self._generation.number, "a call into it")
+            while self._idle:
+                instance = self._idle.pop()
+                if instance.dead:
+                    self._retire(instance)
+                    continue
+                if instance.settings == self._settings or await self._brought_up_to_date(instance):
+                    return instance
+            if len(self._instances) + self._starting < self._most:
+                return await self._start()
+            waiting: asyncio.Future[None] = self._loop.create_future()
+            self._waiting.append(waiting)
+            try:
+                await waiting
+            except BaseException:
+                if waiting.done() and not waiting.cancelled():
+                    self._wake()  # it was our turn, and it is somebody else's now
+                raise
+            finally:
+                if waiting in self._waiting:
+                    self._waiting.remove(waiting)
+
+    def _give_back(self, instance: Instance) -> None:
+        if instance.dead or instance.doomed or self._closed:
+            self._retire(instance)
+        else:
+            self._idle.append(instance)
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                return
+
+    async def _start(self) -> Instance:
+        """A new instance, set up: its own `setup`, and the state that the generation began with."""
+        self._starting += 1
+        name = f"{self._generation.plugin}-{self._generation.number}"
+        instance = Instance(self._machine, self.code, name, self._loop, self)
+        instance.settings = self._settings
+        self._instances.add(instance)
+        try:
+            await self._made(instance, "")
+            if self.has("lifecycle.setup"):
+                _good(await self._made(instance, "lifecycle.setup", self.config_text))
+            if self._state is not None:
+                _good(await self._made(instance, "lifecycle.import-state", *self._state))
+        except BaseException:
+            self._retire(instance)
+            self._wake()
+            raise
+        finally:
+            self._starting -= 1
+        return instance
+
+    async def _brought_up_to_date(self, instance: Instance) -> bool:
+        """Give an instance the config that another took. False: it would not have it, and is gone."""
+        try:
+            taken = bool(_good(await self._made(instance, "lifecycle.configure", self.config_text)))
+        except (GuestError, GuestFault):
+            taken = False
+        except BaseException:
+            self._retire(instance)
+            raise
+        if taken:
+            instance.settings = self._settings
+        else:
+            self._retire(instance)
+        return taken
+
+    async def _made(self, instance: Instance, name: str, *arguments: Any, turn: Any = None) -> Any:
+        """Have *instance* make one call, and do on the loop what it asks for meanwhile."""
+        clock = CLOCK.get()
+        call = GuestCall(self._loop, name, arguments, _deadline(clock), turn)
+        instance.submit(call)
+        try:
+            while True:
+                kind, value = await call.said
+                if kind is DONE:
+                    return value
+                if kind is FAILED:
+                    instance.dead = True
+                    raise value
+                call.arm()
+                operation, given = value
+                answer = await self._serve(call, operation, given, clock)
+                call.deadline = _deadline(clock)
+                instance.answer(answer)
+        except BaseException:
+            if not instance.dead:
+                call.cancelled = instance.doomed = True
+                instance.answer(STOP)
+            raise
+
+    # -- what a guest asks for -------------------------------------------------------------------------------
+
+    async def _serve(self, call: GuestCall, operation: str, given: tuple[Any, ...], clock: Any) -> Any:
+        """The answer of a host function. Whatever fails is a value of the contract."""
+        try:
+            if operation == "llm.complete":
+                return await self._complete(call, given[0], clock)
+            return True, await _OPERATIONS[operation](self, call, *given)
+        except CapabilityDenied as exc:
+            return failure("denied", exc.capability)
+        except ScopeClosed as exc:
+            return failure("unavailable", str(exc))
+        except LlmError as exc:
+            return failure("timeout" if exc.code == "llm_timeout" else "unavailable", exc.public)
+        except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as exc:
+            return failure("invalid", describe(exc))
+        except TimeoutError as exc:
+            return failure("timeout", str(exc) or "the other side took too long")
+        except OSError as exc:
+            return failure("unavailable", describe(exc))
+        except Exception as exc:  # the fault wall of a host function: the guest gets an error, the log the rest
+            self.log.error("host_function_failed", function=operation, problem=describe(exc))
+            return failure("other", "the host failed; its log says why")
+
+    async def _complete(self, call: GuestCall, request: str, clock: Any) -> Any:
+        asked = msgspec.json.decode(request, type=dict[str, Any])
+        messages = asked.pop("messages", None)
+        if not isinstance(messages, list):
+            return failure("invalid", "messages is a list, as in the OpenAI chat protocol")
+        call.resting = True  # the model's time is not the guest's: it has clocks of its own
+        try:
+            completion = await self._ctx.llm.complete(messages, **asked)
+        finally:
+            call.resting = False
+        return True, msgspec.json.encode(completion).decode()
+
+    async def _emit(self, call: GuestCall, text: str) -> None:
+        await call.turn.stream(text)
+
+    async def _history(self, call: GuestCall, limit: int) -> str:
+        if call.turn is None:
+            raise ValueError("there is no turn here, so no conversation")
+        return msgspec.json.encode(await call.turn.history(min(limit, 1000))).decode()
+
+    async def _send(self, call: GuestCall, conversation: str, text: str) -> str:
+        return str((await self._ctx.send(conversation, text)).id)
+
+    async def _kv_get(self, call: GuestCall, key: str) -> str | None:
+        value = await self._ctx.kv.get(key, _MISSING)
+        return None if value is _MISSING else msgspec.json.encode(value).decode()
+
+    async def _kv_set(self, call: GuestCall, key: str, value: str) -> None:
+        await self._ctx.kv.set(key, msgspec.json.decode(value))
+
+    async def _kv_delete(self, call: GuestCall, key: str) -> None:
+        await self._ctx.kv.delete(key)
+
+    async def _kv_keys(self, call: GuestCall, prefix: str) -> list[str]:
+        return await self._ctx.kv.keys(prefix)
+
+    async def _fetch(self, call: GuestCall, method: str, url: str, headers: str, body: str) -> tuple[Any, ...]:
+        left = max(0.05, min(HTTP_S, call.deadline - time.monotonic()))
+        named = msgspec.json.decode(headers or "{}", type=dict[str, str])
+        found = await self._ctx.http_for_guests.request(method, url, headers=named, body=body or None, timeout=left)
+        text, extra = as_text(found.body)
+        return found.status, msgspec.json.encode(dict(found.headers)).decode(), text, extra
+
+
+_MISSING = object()
+
+_OPERATIONS: dict[str, Any] = {
+    "emit": Guest._emit,
+    "base.history": Guest._history,
+    "base.send": Guest._send,
+    "kv.get": Guest._kv_get,
+    "kv.set": Guest._kv_set,
+    "kv.delete": Guest._kv_delete,
+    "kv.keys": Guest._kv_keys,
+    "http.fetch": Guest._fetch,
+}
+
+
+def as_text(body: bytes) -> tuple[str, str]:
+    """A body as the contract has it: text, or base64 with a note in `extra`."""
+    import base64
+
+    try:
+        return body.decode(), ""
+    except UnicodeDecodeError:
+        return base64.b64encode(body).decode(), '{"base64":true}'
+
+
+def _deadline(clock: Any) -> float:
+    now = time.monotonic()
+    return min(clock.deadline, now + FAR) if clock is not None else now + FAR
+
+
+def _good(result: Any) -> Any:
+    """A `result`'s value. Raises `GuestError` with its error. What is no result is given as it is."""
+    if type(result) is tuple and len(result) == 2 and type(result[0]) is bool:
+        fine, payload = result
+        if not fine:
+            raise GuestError(str(payload)[:2000] or "it failed, and did not say why")
+        return payload
+    return result

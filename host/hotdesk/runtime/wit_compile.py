@@ -1,0 +1,60 @@
+"""Compiles components, in a process of its own: `python -m hotdesk.runtime.wit_compile`.
+
+A component can be made so that compiling it takes all memory, or for ever (huge or deeply nested functions). Here that
+ends this process, by its limits or by whoever waits for it, and the host goes on. It also keeps the work off the
+host's interpreter, and behind it: its niceness is 10.
+
+On standard input: a line of JSON `{"size", "target", "baseline"}`, then that many bytes. On standard output: a line,
+`{"error"}`, null when the native code is in the file *target*.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    megabytes = int(sys.argv[1])
+    limit = megabytes * 1024 * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(10)
+    from wasmtime import WasmtimeError
+    from wasmtime.component import Component
+
+    from hotdesk.runtime.wit_engine import new_engine
+
+    engines = {False: new_engine()}
+    source, out = sys.stdin.buffer, sys.stdout
+    print(json.dumps({"ready": True}), file=out, flush=True)
+    while line := source.readline():
+        task = json.loads(line)
+        data = source.read(task["size"])
+        error = None
+        try:
+            baseline = task["baseline"]
+            if baseline not in engines:
+                engines[baseline] = new_engine(baseline=True)
+            native = Component(engines[baseline], data).serialize()
+            _write(task["target"], native)
+        except (WasmtimeError, RuntimeError) as exc:
+            error = str(exc)
+        except MemoryError:
+            error = f"compiling it takes over {megabytes} MB"
+        except OSError as exc:
+            error = f"its native code can't be kept: {exc.strerror}"
+        print(json.dumps({"error": error}), file=out, flush=True)
+
+
+def _write(target: str, native: bytes | bytearray) -> None:
+    with open(target, "wb") as file:
+        file.write(native)
+
+
+if __name__ == "__main__":
+    main()

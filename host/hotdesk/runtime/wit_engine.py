@@ -1,0 +1,64 @@
+"""How wasmtime is set up: the same for the process that compiles and for the one that runs what was compiled."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import wasmtime
+from wasmtime import _ffi as ffi
+
+__all__ = ["MAX_STACK", "TICK_S", "build_key", "new_engine"]
+
+TICK_S = 0.005
+"""How often the epoch moves while a guest runs: a deadline is kept to about this."""
+
+MAX_STACK = 512 * 1024
+"""Bytes of stack for a guest; a call deeper than that traps."""
+
+WINCH = 2
+"""The baseline compiler. The package has a name for each strategy but this one (bytecodealliance/wasmtime-py)."""
+
+WINCH_FIXED_IN = (43, 0, 1)
+"""The first release without CVE-2026-34987, by which a guest could read and write outside its memory."""
+
+
+def new_engine(*, baseline: bool = False) -> wasmtime.Engine:
+    """An engine whose guests can be stopped, and have nothing to wait on but the host."""
+    config = wasmtime.Config()
+    config.epoch_interruption = True
+    config.max_wasm_stack = MAX_STACK
+    config.wasm_threads = False  # `memory.atomic.wait` blocks, and no epoch ends that
+    config.shared_memory = False
+    config.wasm_memory64 = False
+    config.wasm_stack_switching = False
+    config.parallel_compilation = True
+    ffi.wasmtime_config_concurrency_support_set(config.ptr(), False)  # nothing here is async to the guest
+    if baseline:
+        found = tuple(int(part) for part in importlib.metadata.version("wasmtime").split(".")[:3])
+        if found < WINCH_FIXED_IN:
+            raise RuntimeError(f"wasmtime {'.'.join(map(str, found))} has a baseline compiler that is not safe")
+        ffi.wasmtime_config_strategy_set(config.ptr(), WINCH)
+        config.wasm_tail_call = False
+        config.wasm_exceptions = False
+        config.wasm_gc = False
+        config.wasm_function_references = False
+    return wasmtime.Engine(config)
+
+
+def build_key() -> str:
+    """What, beside the component itself, decides whether native code fits: wasmtime, its settings, the processor."""
+    settings = Path(__file__).read_bytes()
+    parts = [importlib.metadata.version("wasmtime").encode(), settings, platform.machine().encode(), _processor()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _processor() -> bytes:
+    """The features of the processor, where Linux tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
