@@ -23,6 +23,7 @@ import wasmtime._ffi
 from wasmtime.component import Component, Linker
 
 from ..errors import LoadFailed
+from .nearness import Nearness
 from .wasm_calls import DONE, FAILED, OPERATION, STOP, GuestCall, GuestFault, GuestTimeout
 from .wit_contract import EXPORTS, IMPORTS, PACKAGE, words
 from .wit_engine import TICK_S, build_key, new_engine
@@ -287,6 +288,9 @@ class Instance:
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._functions: dict[str, tuple[Any, Arguments, bool]] = {}
         self._number = next(machine._numbers)
+        self.nearness: Nearness | None = None
+        """Set once its thread runs."""
+
         self._thread = threading.Thread(target=self._run, name=f"wasm-{name}", daemon=True)
         contextvars.Context().run(self._thread.start)
 
@@ -302,7 +306,7 @@ class Instance:
         """Have the loop do *operation*, and wait. For host functions, on this instance's thread. Raises `Stopped`."""
         call = self.call
         assert call is not None
-        if not self._tell(call, (OPERATION, (operation, arguments))):
+        if not call.say((OPERATION, (operation, arguments))):
             raise Stopped
         while True:
             left = None if call.resting else call.deadline - time.monotonic()
@@ -320,6 +324,7 @@ class Instance:
 
     def _run(self) -> None:
         store: wasmtime.Store | None = None
+        self.nearness = Nearness()
         try:
             while (call := self._calls.get()) is not None and not self.dead:
                 try:
@@ -330,9 +335,9 @@ class Instance:
                         result = self._invoke(store, call)
                 except BaseException as exc:  # the wall of a thread: whoever called is told, and this one ends
                     self.dead = True
-                    self._tell(call, (FAILED, exc))
+                    call.say((FAILED, exc))
                     break
-                self._tell(call, (DONE, result))
+                call.say((DONE, result))
                 del call, result
         finally:
             self.dead = True
@@ -351,13 +356,6 @@ class Instance:
     def _end(self) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
-
-    def _tell(self, call: GuestCall, message: tuple[str, Any]) -> bool:
-        try:
-            self._loop.call_soon_threadsafe(call.tell, message)
-        except RuntimeError:
-            return False
-        return True
 
     def _open(self, call: GuestCall) -> wasmtime.Store:
         machine = self._machine

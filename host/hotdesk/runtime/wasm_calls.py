@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from _thread import allocate_lock
 from typing import Any
 
 __all__ = ["DONE", "FAILED", "OPERATION", "STOP", "GuestCall", "GuestError", "GuestFault", "GuestTimeout"]
@@ -28,14 +29,33 @@ class GuestTimeout(Exception):
 
 class GuestCall:
     """A call of the exported function *name* ("interface.function"; empty: instantiate), until the monotonic time
-    *deadline*. The guest's thread tells one thing at a time; `arm` before it may tell the next."""
+    *deadline*.
 
-    __slots__ = ("_loop", "arguments", "cancelled", "deadline", "name", "resting", "said", "turn")
+    The guest's thread says one thing at a time, and the loop takes it: with `take_quickly`, which blocks for a moment
+    and saves the way through the loop's own queue (half of what a short call costs), or, failing that, with `take`.
+    """
+
+    __slots__ = (
+        "_loop",
+        "_message",
+        "_said",
+        "_waiter",
+        "arguments",
+        "cancelled",
+        "deadline",
+        "name",
+        "resting",
+        "turn",
+    )
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, name: str, arguments: tuple[Any, ...], deadline: float, turn: Any
     ) -> None:
         self._loop = loop
+        self._said = allocate_lock()
+        self._said.acquire()
+        self._message: tuple[str, Any] = (FAILED, None)
+        self._waiter: asyncio.Future[None] | None = None
         self.name = name
         self.arguments = arguments
         self.deadline = deadline
@@ -44,14 +64,33 @@ class GuestCall:
         self.resting = False
         """It waits for something that has a deadline of its own."""
 
-        self.said: asyncio.Future[tuple[str, Any]]
-        self.arm()
+    def say(self, message: tuple[str, Any]) -> bool:
+        """On the guest's thread. False when the loop has closed."""
+        self._message = message
+        self._said.release()
+        waiter = self._waiter
+        if waiter is not None:  # it was set before the loop looked for the last time, or the loop has it already
+            try:
+                self._loop.call_soon_threadsafe(_wake, waiter)
+            except RuntimeError:
+                return False
+        return True
 
-    def arm(self) -> None:
-        """Be ready for what is told next, in `said`."""
-        self.said = self._loop.create_future()
+    def take_quickly(self, seconds: float) -> tuple[str, Any] | None:
+        """What was said within *seconds*, for which this blocks; None when nothing was."""
+        return self._message if self._said.acquire(timeout=seconds) else None
 
-    def tell(self, message: tuple[str, Any]) -> None:
-        """On the loop."""
-        if not self.said.done():
-            self.said.set_result(message)
+    async def take(self) -> tuple[str, Any]:
+        """What is said next."""
+        waiter = self._waiter = self._loop.create_future()
+        try:
+            while not self._said.acquire(blocking=False):
+                await waiter
+        finally:
+            self._waiter = None
+        return self._message
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
