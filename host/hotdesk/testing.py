@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from hotdesk_sdk import Attachment, Intake, Message, Request, Sender, parse_manifest
+from hotdesk_sdk import Attachment, Intake, Message, Request, Sender, Tool, ToolCall, parse_manifest
 
 from .app import Host, open_host
 from .backend import StoredReply
 from .chat.intake import Accepted, NewMessage
 from .chat.outbox import Event
+from .chat.tools import ToolCalls
 from .chat.turn import Ended
 from .config import Config, LlmSettings, ModelSettings, PluginSettings
 from .errors import LoadFailed
 from .runtime.entries import Entry
+from .runtime.sources import Source
 from .web.webhooks import read_intake
 
 __all__ = ["Desk", "Said"]
@@ -84,6 +88,7 @@ class Desk:
             config = Config(
                 plugins=(str(self.folder),),
                 data=str(folder / "data"),
+                wasm_cache=_native_code(),
                 plugin_settings=settings,
                 llm=LlmSettings(models=models),
             )
@@ -104,22 +109,14 @@ class Desk:
 
     def _place(self, path: Path) -> tuple[str, tuple[str, ...]]:
         """Copy a plugin into the desk's folder: its name, and the capabilities that it asks for."""
-        path = path.resolve()
-        if path.name in ("__init__.py", "plugin.toml"):
-            path = path.parent
-        if path.is_dir():
-            manifest = path / "plugin.toml"
-            shutil.copytree(path, self.folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif path.is_file():
-            manifest = path.with_suffix(".toml")
-            shutil.copy(path, self.folder)
-            if manifest.exists():
-                shutil.copy(manifest, self.folder)
-        else:
-            raise FileNotFoundError(f"there is no plugin at {path}")
-        name = path.name if path.is_dir() else path.stem
+        source = _source(path)
+        for name, data in _files(source).items():
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        manifest = source.manifest_path
         raw = manifest.read_bytes() if manifest.exists() else None
-        return name, parse_manifest(name, raw, file=str(manifest)).capabilities
+        return source.name, parse_manifest(source.name, raw, file=str(manifest)).capabilities
 
     async def say(
         self,
@@ -179,33 +176,114 @@ class Desk:
     async def record(self, conversation: str = "test") -> list[Message | StoredReply]:
         return await self.host.backend.read(conversation, 0, 1000) or []
 
-    async def write(self, name: str, source: str) -> Entry | None:
+    async def write(self, name: str, source: str | bytes) -> Entry | None:
         """Change a file the way an editor does, and wait until the change serves or is refused.
 
-        None, at once, when *name* is not a plugin's `.py` or `.toml`: nothing comes of such a file by itself.
+        None, at once, when *name* is not a plugin's file: nothing comes of such a file by itself.
         """
         plugin, _, ending = name.partition("/")[0].rpartition(".")
         plugin = plugin or ending
+        data = source.encode() if isinstance(source, str) else source
+        if "/" not in name and ending not in ("py", "toml", "wasm"):
+            self._put(name, data)
+            return None
+        return await self._changed(plugin, lambda: self._put(name, data), 10.0)
+
+    async def replace(self, path: str | Path, *, timeout: float = 60.0) -> Entry:
+        """Put the plugin at *path* in the place of the one that has its name, and wait as `write` does."""
+        source = _source(Path(path))
+        files = _files(source)
+
+        def put() -> None:  # in one go: the host is on this loop, and sees the files when it is done
+            for name, data in files.items():
+                self._put(name, data)
+            self._sweep(source.name, {self.folder / name for name in files})
+
+        return await self._changed(source.name, put, timeout)
+
+    def _put(self, name: str, data: bytes) -> None:
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f".{target.name}.new")
+        fresh.write_bytes(data)
+        fresh.replace(target)
+
+    def _sweep(self, plugin: str, keep: set[Path]) -> None:
+        """Delete what was there of *plugin* before, but for *keep*."""
+        for path in self.folder.iterdir():
+            if path.is_dir() and path.name == plugin:
+                for inner in sorted(path.rglob("*"), reverse=True):
+                    if inner.is_file() and inner not in keep:
+                        inner.unlink()
+                if not any(one.is_relative_to(path) for one in keep):
+                    shutil.rmtree(path)
+            elif path.is_file() and path.stem == plugin and path not in keep:
+                path.unlink()
+
+    async def _changed(self, plugin: str, change: Callable[[], None], timeout: float) -> Entry:
         heard = asyncio.Event()
         stop = self.host.events.listen(lambda event: heard.set() if _is_outcome(event, plugin) else None)
         try:
-            target = self.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fresh = target.with_name(f".{target.name}.new")
-            fresh.write_text(source)
-            fresh.replace(target)
-            if "/" not in name and ending not in ("py", "toml"):
-                return None
-            async with asyncio.timeout(10.0):
+            change()
+            async with asyncio.timeout(timeout):
                 await heard.wait()
         finally:
             stop()
         return self.host.plugins.entry(plugin)
 
+    @property
+    def tools(self) -> dict[str, Tool]:
+        return {name: loaded.tool for name, (_, _, loaded) in self._toolbox().by_name.items()}
+
+    async def call_tool(self, name: str, arguments: Mapping[str, Any]) -> str:
+        calls = ToolCalls(self.host.turns._calls, self.host.metrics)
+        asked = ToolCall("test", name, msgspec.json.encode(dict(arguments)).decode())
+        toolbox = self._toolbox()
+        turn: Any = None  # there is none, so a function that wants one gets none
+        [result] = await calls.run(turn, toolbox, frozenset(toolbox.by_name), [asked])
+        return result
+
+    def _toolbox(self) -> Any:
+        return self.host.turns._active.current.tools
+
+    @property
+    def events(self) -> tuple[Mapping[str, Any], ...]:
+        return tuple(self.host.events.recent)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.host.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def _source(path: Path) -> Source:
+    """The plugin that *path* names: its file, its folder, or what is in its folder."""
+    path = path.resolve()
+    if path.name in ("__init__.py", "plugin.toml", "plugin.wasm"):
+        path = path.parent
+    if not path.exists():
+        raise FileNotFoundError(f"there is no plugin at {path}")
+    return Source(path.name, path, "folder") if path.is_dir() else Source(path.stem, path, path.suffix[1:])
+
+
+def _files(source: Source) -> dict[str, bytes]:
+    """Its files, by their paths below the folder of plugins."""
+    base = source.path.parent
+    found = source.files()
+    if source.kind == "folder" and source.wasm_path is None:  # tests and data that lie beside it too
+        found = [path for path in source.path.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(base).as_posix(): path.read_bytes() for path in found}
+
 
 def _is_outcome(event: Mapping[str, Any], plugin: str) -> bool:
     kinds = ("plugin_loaded", "plugin_swapped", "plugin_failed", "plugin_configured", "plugin_waiting")
     return event["kind"] in kinds and event.get("plugin") == plugin
+
+
+@functools.cache
+def _native_code() -> str:
+    """Where components' native code is kept: all the desks of one process compile a component once."""
+    folder = tempfile.mkdtemp(prefix="hotdesk-native-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +15,8 @@ import msgspec
 from hotdesk_sdk import HotdeskError, parse_manifest
 
 from ..app import open_host
-from ..config import Config, PluginSettings
+from ..config import Config, PluginSettings, load_config
+from ..errors import ConfigError
 from ..logs import configure_logs
 from ..runtime.sources import find_sources
 
@@ -27,7 +29,8 @@ __all__ = ["check"]
 def check(paths: tuple[Path, ...], as_json: bool) -> None:
     """Load and probe each plugin beside nothing; exit 1 with the reason when one would not serve.
 
-    PATH is a plugin's file or folder. What it requires is taken from beside it. Its setup() and probe() run
+    PATH is a plugin's file or folder. In a desk's folder, what is compiled of a component is kept for the desk's host.
+    What it requires is taken from beside it. Its setup() and probe() run
     for real, with everything granted that it asks for and a journal of its own that is thrown away.
     """
     configure_logs("json", "error")
@@ -45,15 +48,16 @@ def check(paths: tuple[Path, ...], as_json: bool) -> None:
 def _plugins_at(path: Path) -> list[Path]:
     """The plugins that a path names: itself; a manifest's plugin; or all in a folder of plugins."""
     if path.suffix == ".toml":
-        beside = path.parent if path.name == "plugin.toml" else path.with_suffix(".py")
-        return [beside] if beside.exists() else [path]
+        if path.name == "plugin.toml":
+            return [path.parent]
+        return [beside for kind in (".py", ".wasm") if (beside := path.with_suffix(kind)).exists()] or [path]
     if path.is_dir() and not (path / "__init__.py").exists() and not (path / "plugin.wasm").exists():
         return [source.path for found in find_sources(path).values() for source in found] or [path]
     return [path]
 
 
 async def _check(path: Path) -> dict[str, Any]:
-    if path.name == "__init__.py":
+    if path.name in ("__init__.py", "plugin.wasm"):
         path = path.parent
     name = path.name if path.is_dir() else path.stem
     found: dict[str, Any] = {"plugin": name, "path": str(path), "error": None}
@@ -63,7 +67,11 @@ async def _check(path: Path) -> dict[str, Any]:
         try:
             settings = _place(path, desk, {})
             config = Config(
-                plugins=(str(desk),), data=str(Path(folder, "data")), watch="frozen", plugin_settings=settings
+                plugins=(str(desk),),
+                data=str(Path(folder, "data")),
+                wasm_cache=_code_cache(),
+                watch="frozen",
+                plugin_settings=settings,
             )
             async with open_host(config, serve=False, log_events=False) as host:
                 entry = host.plugins.entry(name)
@@ -75,6 +83,14 @@ async def _check(path: Path) -> dict[str, Any]:
                     found["line"] = entry.problem.line if entry.problem else None
                 else:
                     manifest = current.manifest
+                    component = current.bundle.component
+                    if component is not None:
+                        found["component"] = {
+                            "contract": component.version,
+                            "exports": list(component.exports),
+                            "imports": list(component.imports),
+                            "bytes": sum(len(data) for name, data in current.bundle.files.items() if ".wasm" in name),
+                        }
                     found |= {
                         "version": manifest.version,
                         "hooks": list(current.hooks),
@@ -94,6 +110,17 @@ async def _check(path: Path) -> dict[str, Any]:
     return found
 
 
+def _code_cache() -> str:
+    """Where the desk in this folder keeps compiled components, so that what is checked here serves at once there;
+    empty where there is no desk."""
+    try:
+        config = load_config({}, os.environ)
+    except ConfigError:
+        return ""
+    folder = config.wasm_cache or str(Path(config.data, "wasm"))
+    return str(Path(folder).absolute()) if config.wasm_cache or Path(config.data).is_dir() else ""
+
+
 def _place(path: Path, desk: Path, settings: dict[str, PluginSettings]) -> dict[str, PluginSettings]:
     """Link the plugin, and what it requires, into the folder that is checked."""
     name = path.name if path.is_dir() else path.stem
@@ -107,7 +134,7 @@ def _place(path: Path, desk: Path, settings: dict[str, PluginSettings]) -> dict[
     if manifest.exists() and not path.is_dir():
         (desk / manifest.name).symlink_to(manifest)
     for other in asked.requires:
-        for candidate in (path.parent / f"{other}.py", path.parent / other):
+        for candidate in (path.parent / f"{other}.py", path.parent / f"{other}.wasm", path.parent / other):
             if candidate.exists():
                 _place(candidate, desk, settings)
                 break
@@ -120,6 +147,10 @@ def _show(found: dict[str, Any]) -> None:
         click.echo(f"  {found['error']}")
         return
     click.echo(f"{click.style('✓', fg='green')} {found['plugin']} {found['version']}  {found['path']}")
+    if component := found.get("component"):
+        imports = ", ".join(component["imports"]) or "nothing"
+        size = f"{component['bytes'] / 1024:,.0f} KiB"
+        click.echo(f"  {'component':13}hotdesk:plugin@{component['contract']}, {size}, imports {imports}")
     for label in ("hooks", "tools", "capabilities", "requires"):
         if found[label]:
             click.echo(f"  {label:13}{', '.join(found[label])}")

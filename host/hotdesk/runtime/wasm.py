@@ -20,7 +20,7 @@ from typing import Any
 import wasmtime
 import wasmtime._bindings
 import wasmtime._ffi
-from wasmtime.component import Component, Linker
+from wasmtime.component import Component, ComponentInstanceType, Linker
 
 from ..errors import LoadFailed
 from .nearness import Nearness
@@ -37,6 +37,9 @@ CHECK_TICKS = 2
 
 PROOF_S = 2.0
 """How long the proof that a guest can be stopped may take, on a machine that does other things too."""
+
+MAX_ITEMS = 100
+"""Functions and types of one interface; those of the contract have eleven at most."""
 
 MAX_MEMORIES, MAX_INSTANCES, MAX_TABLES, MAX_TABLE_ELEMENTS = 4, 64, 64, 200_000
 """A component is made of several core instances (adapters, shims); each of its memories may be `wasm_memory_bytes`."""
@@ -105,9 +108,12 @@ class Ticker:
 class Code:
     """A component, compiled and checked against the contract: what instances are made of."""
 
-    def __init__(self, component: Component, inspected: Inspected) -> None:
+    def __init__(self, component: Component, inspected: Inspected, linker: Linker) -> None:
         self.component = component
         self.inspected = inspected
+        self.linker = linker
+        """What it may import. One that imports more than the contract has its own: each such function traps."""
+
         self.functions: dict[str, Any] = {}
         """By "interface.function": the index that finds it in an instance."""
 
@@ -142,8 +148,11 @@ class Machine:
         self._table: list[tuple[str, Callable[..., Any], Any]] = []
         self.ticker = Ticker(self.engine)
         self._prove_epochs()
-        self._linker = Linker(self.engine)
-        self._define(functions)
+        for interface, table in IMPORTS.items():
+            self._table += [
+                (f"{interface}.{name}", functions[f"{interface}.{name}"], one.result) for name, one in table.items()
+            ]
+        self._linker = self._new_linker()
 
     def close(self) -> None:
         """When all instances have ended."""
@@ -160,7 +169,11 @@ class Machine:
         problem = self._mismatch(component, inspected)
         if problem is not None:
             raise LoadFailed(plugin, "inspect", problem, file=file)
-        return Code(component, inspected)
+        code = Code(component, inspected, self._linker)
+        if inspected.foreign:
+            code.linker = self._new_linker()
+            code.linker.define_unknown_imports_as_traps(component)
+        return code
 
     def _mismatch(self, component: Component, inspected: Inspected) -> str | None:
         """Where the component's own idea of the contract is another; None where it is the same."""
@@ -171,8 +184,15 @@ class Machine:
         ):
             chosen = inspected.exports if side == "exports" else inspected.imports
             for interface in chosen:
-                functions = found[f"{PACKAGE}/{interface}@{inspected.version}"].ty.exports(self.engine)
-                functions = {name: one for name, one in functions.items() if type(one.ty).__name__ == "FuncType"}
+                item = found.get(f"{PACKAGE}/{interface}@{inspected.version}")
+                inside = None if item is None else item.ty
+                if not isinstance(inside, ComponentInstanceType):
+                    return f"it {side} '{interface}', but not as an interface"
+                count = ffi.wasmtime_component_instance_type_export_count(inside.ptr(), self.engine.ptr())
+                if count > MAX_ITEMS:  # looking at each of a hundred thousand would take minutes
+                    return f"it {side} {interface} with {count:,} items, which the contract does not have"
+                items: dict[str, Any] = dict(inside.exports(self.engine))
+                functions = {name: one for name, one in items.items() if type(one.ty).__name__ == "FuncType"}
                 for name in functions.keys() - table[interface].keys():
                     return f"it {side} {interface}.{name}, which the contract does not have"
                 if side == "exports" and (missing := table[interface].keys() - functions.keys()):
@@ -184,26 +204,31 @@ class Machine:
                     wants = [words(one) for one in want.parameters]
                     if (has[0], result) != (wants, None if want.result is None else words(want.result)):
                         return (
-                            f"its {interface}.{name} takes ({', '.join(has[0])}) and gives {result or 'nothing'};"
+                            f"its {interface}.{name} takes ({', '.join(has[0])[:500]}) and gives"
+                            f" {(result or 'nothing')[:500]};"
                             f" {PACKAGE}@{inspected.version} says ({', '.join(wants)}) and {words(want.result)}"
                         )
         return None
 
     # -- what guests import ----------------------------------------------------------------------------------
 
-    def _define(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+    def _new_linker(self) -> Linker:
+        """A linker with all that the contract offers."""
+        linker = Linker(self.engine)
         callback = ctypes.cast(self._called, ffi.wasmtime_component_func_callback_t)
-        with self._linker.root() as root:
+        number = 0
+        with linker.root() as root:
             for interface, table in IMPORTS.items():
                 with root.add_instance(f"{PACKAGE}/{interface}@1.0.0") as instance:
-                    for name, function in table.items():
-                        self._table.append((f"{interface}.{name}", functions[f"{interface}.{name}"], function.result))
+                    for name in table:
+                        number += 1
                         raw = name.encode()
                         error = ffi.wasmtime_component_linker_instance_add_func(
-                            instance.ptr(), raw, len(raw), callback, len(self._table), _NO_FINALIZER
+                            instance.ptr(), raw, len(raw), callback, number, _NO_FINALIZER
                         )
                         if error:
                             raise wasmtime.WasmtimeError._from_ptr(error)
+        return linker
 
     def _on_call(
         self, number: int, context: int, kind: int, arguments: int, count: int, results: int, result_count: int
@@ -282,7 +307,7 @@ class Instance:
 
         self.ended: asyncio.Future[None] = loop.create_future()
         self._machine = machine
-        self._code = code
+        self.code = code
         self._loop = loop
         self._calls: SimpleQueue[GuestCall | None] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
@@ -385,7 +410,7 @@ class Instance:
     def _instantiate(self, store: wasmtime.Store) -> Any:
         instance = ffi.wasmtime_component_instance_t()
         error = ffi.wasmtime_component_linker_instantiate(
-            self._machine._linker.ptr(), self._pointer, self._code.component.ptr(), ctypes.byref(instance)
+            self.code.linker.ptr(), self._pointer, self.code.component.ptr(), ctypes.byref(instance)
         )
         if not error:
             self._raw = instance
@@ -395,7 +420,7 @@ class Instance:
         interface, _, function = name.partition(".")
         shape = EXPORTS[interface][function]
         found = ffi.wasmtime_component_func_t()
-        index = self._code.functions[name]
+        index = self.code.functions[name]
         if not ffi.wasmtime_component_instance_get_func(
             ctypes.byref(self._raw), self._pointer, index.ptr(), ctypes.byref(found)
         ):

@@ -67,7 +67,8 @@ class GuestCall:
     def say(self, message: tuple[str, Any]) -> bool:
         """On the guest's thread. False when the loop has closed."""
         self._message = message
-        self._said.release()
+        if self._said.locked():  # else what was said before was not taken yet, and this is said instead
+            self._said.release()
         waiter = self._waiter
         if waiter is not None:  # it was set before the loop looked for the last time, or the loop has it already
             try:

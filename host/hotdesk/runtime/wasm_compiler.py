@@ -35,16 +35,19 @@ class Compiler:
         self._idle: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[Any]] = set()
 
-    def key_of(self, digest: str, *, baseline: bool = False) -> str:
+    def key_of(self, digest: str) -> str:
         """The name that native code is kept by."""
-        return hashlib.sha256(f"{digest} {self._key} {baseline}".encode()).hexdigest()
+        return hashlib.sha256(f"{digest} {self._key}".encode()).hexdigest()
 
     async def cached(self, digest: str) -> bytes | None:
         """Native code of the component with the hash *digest*, if it was compiled before."""
         return await asyncio.to_thread(self._cache.read, self.key_of(digest))
 
     async def compile(self, plugin: str, data: bytes, digest: str, *, baseline: bool = False) -> bytes:
-        """Native code of *data*. Raises `LoadFailed`, after `wasm_compile_timeout_s` at the latest."""
+        """Native code of *data*. Raises `LoadFailed`, after `wasm_compile_timeout_s` at the latest.
+
+        *baseline* compiles in half the time, to slower code, which is not kept.
+        """
         target = self._cache.new_file()
         async with self._lock:
             if self._idle is not None:
@@ -73,7 +76,9 @@ class Compiler:
             target.unlink(missing_ok=True)
             raise LoadFailed(plugin, "compile", _short(answer))
         try:
-            return await asyncio.to_thread(self._cache.keep, self.key_of(digest, baseline=baseline), target)
+            if baseline:
+                return await asyncio.to_thread(_take_file, target)
+            return await asyncio.to_thread(self._cache.keep, self.key_of(digest), target)
         except OSError as exc:
             raise LoadFailed(plugin, "compile", f"its native code can't be read back: {exc.strerror}") from exc
 
@@ -131,6 +136,12 @@ class Compiler:
             self._idle.cancel()
         await self._end()
         await asyncio.gather(*self._closing, return_exceptions=True)
+
+
+def _take_file(path: Path) -> bytes:
+    native = path.read_bytes()
+    path.unlink()
+    return native
 
 
 def _read_line(line: bytes) -> dict[str, Any]:

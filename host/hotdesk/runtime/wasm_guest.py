@@ -124,6 +124,31 @@ class Guest:
             await asyncio.wait([one.ended for one in self._ending], timeout=END_S)
         return [f"wasm store of instance {one._number}" for one in self._ending if not one.ended.done()]
 
+    async def upgrade(self, code: Code) -> None:
+        """Run on *code*, another compilation of the same component, from the next calls on.
+
+        An instance that keeps state hands it to the one that takes its place, between two calls.
+        """
+        if self._closed:
+            return
+        self.code = code
+        if not self.keeps_state:
+            idle, self._idle = self._idle, []
+            for instance in idle:
+                self._retire(instance)
+            return
+        old = await self._take()
+        try:
+            state = await self._made(old, "lifecycle.export-state")
+            if state is not None:
+                self._state = state, self._generation.manifest.version
+            new = await self._start()
+        except BaseException:
+            self._give_back(old)
+            raise
+        self._retire(old)
+        self._give_back(new)
+
     def _retire(self, instance: Instance) -> None:
         self._instances.discard(instance)
         if not instance.ended.done():
@@ -174,7 +199,7 @@ class Guest:
                     self._waiting.remove(waiting)
 
     def _give_back(self, instance: Instance) -> None:
-        if instance.dead or instance.doomed or self._closed:
+        if instance.dead or instance.doomed or self._closed or instance.code is not self.code:
             self._retire(instance)
         else:
             self._idle.append(instance)

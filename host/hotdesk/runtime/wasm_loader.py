@@ -15,13 +15,20 @@ from ..errors import LoadFailed, describe
 from ..logs import Logger
 from ..metrics import CallStats
 from .active import BoundHook, Generation
+from .guards import host_task
 from .scope import Context
+from .sources import Bundle
 
 if TYPE_CHECKING:
     from .wasm import Machine
     from .wasm_compiler import Compiler
+    from .wasm_guest import Guest
 
 __all__ = ["WasmLoader"]
+
+
+SMALL = 300 * 1024
+"""Bytes of a component that is compiled thoroughly in less time than anybody waits for."""
 
 
 class WasmLoader:
@@ -31,7 +38,8 @@ class WasmLoader:
         self._config = config
         self._log = log
         self._lock = asyncio.Lock()
-        self._opened: tuple[Machine, Compiler] | None = None
+        self._opened: tuple[Machine, Compiler, Compiler] | None = None
+        self._optimising: set[asyncio.Task[None]] = set()
 
     @property
     def instances(self) -> int:
@@ -47,23 +55,47 @@ class WasmLoader:
         assert inspected is not None
         file = next(iter(bundle.paths))
         generation.module_name = f"hotdesk_wasm_{generation.plugin}_{generation.number}"
-        machine, compiler = await self._open(generation.plugin, file)
+        machine, compiler, _ = await self._open(generation.plugin, file)
         from .wasm_guest import Guest
         from .wasm_hooks import bind_guest
 
         native = await compiler.cached(bundle.wasm_digest)
+        data = bundle.files[Path(file).name]
+        quickly = native is None and self._config.wasm_baseline and len(data) > SMALL
         if native is None:
-            data = bundle.files[Path(file).name]
             try:
-                native = await compiler.compile(generation.plugin, data, bundle.wasm_digest)
+                native = await compiler.compile(generation.plugin, data, bundle.wasm_digest, baseline=quickly)
             except LoadFailed as exc:
-                exc.file = exc.file or file
-                raise
+                if not quickly:
+                    raise _at(exc, file) from None
+                quickly = False  # what the quick way does not take, such as exceptions
+                try:
+                    native = await compiler.compile(generation.plugin, data, bundle.wasm_digest)
+                except LoadFailed as last:
+                    raise _at(last, file) from None
         code = await asyncio.to_thread(machine.load, generation.plugin, native, inspected, file)
         guest = generation.guest = Guest(machine, code, generation, ctx, most=self._config.wasm_instances)
+        if quickly:
+            task = host_task(self._optimise(guest, generation.plugin, data, bundle, file))
+            self._optimising.add(task)
+            task.add_done_callback(self._optimising.discard)
         return bind_guest(generation, guest, ctx, stats)
 
-    async def _open(self, plugin: str, file: str) -> tuple[Machine, Compiler]:
+    async def _optimise(self, guest: Guest, plugin: str, data: bytes, bundle: Bundle, file: str) -> None:
+        """Compile it again, thoroughly, beside what serves, and have it run on that."""
+        assert self._opened is not None
+        assert bundle.component is not None
+        machine, _, optimiser = self._opened
+        try:
+            native = await optimiser.compile(plugin, data, bundle.wasm_digest)
+            code = await asyncio.to_thread(machine.load, plugin, native, bundle.component, file)
+            await guest.upgrade(code)
+        except Exception as exc:  # it goes on as it is, only slower
+            self._log.warning("plugin_not_optimised", plugin=plugin, problem=describe(exc))
+        else:
+            self._log.info("plugin_optimised", plugin=plugin, file=file)
+
+    async def _open(self, plugin: str, file: str) -> tuple[Machine, Compiler, Compiler]:
         async with self._lock:
             if self._opened is None:
                 try:
@@ -73,7 +105,8 @@ class WasmLoader:
                     raise LoadFailed(plugin, "open", problem, file=file) from exc
             return self._opened
 
-    def _make(self) -> tuple[Machine, Compiler]:
+    def _make(self) -> tuple[Machine, Compiler, Compiler]:
+        """The machine, the compiler that loads wait for, and the one that works in the background."""
         from .wasm import Machine
         from .wasm_cache import CodeCache
         from .wasm_compiler import Compiler
@@ -86,14 +119,24 @@ class WasmLoader:
         machine = Machine(
             IMPORTED, memory_bytes=config.wasm_memory_mb * 1024 * 1024, output_bytes=config.wasm_output_bytes
         )
-        compiler = Compiler(
-            cache, key=machine.key, max_mb=config.wasm_compile_mb, timeout_s=config.wasm_compile_timeout_s
+        compiler, optimiser = (
+            Compiler(cache, key=machine.key, max_mb=config.wasm_compile_mb, timeout_s=config.wasm_compile_timeout_s)
+            for _ in range(2)
         )
-        return machine, compiler
+        return machine, compiler, optimiser
 
     async def aclose(self) -> None:
         """When no generation is left."""
         if self._opened is not None:
-            machine, compiler = self._opened
+            machine, compiler, optimiser = self._opened
+            for task in self._optimising:
+                task.cancel()
+            await asyncio.gather(*self._optimising, return_exceptions=True)
             await compiler.aclose()
+            await optimiser.aclose()
             await asyncio.to_thread(machine.close)
+
+
+def _at(exc: LoadFailed, file: str) -> LoadFailed:
+    """The same failure, with the file that it is about."""
+    return LoadFailed(exc.plugin, exc.step, exc.problem, file=exc.file or file)

@@ -1,4 +1,4 @@
-"""Compiles components, in a process of its own: `python -m hotdesk.runtime.wit_compile`.
+"""Compiles components, in a process of its own: `python -m hotdesk.runtime.wit_compile MEGABYTES`.
 
 A component can be made so that compiling it takes all memory, or for ever (huge or deeply nested functions). Here that
 ends this process, by its limits or by whoever waits for it, and the host goes on. It also keeps the work off the

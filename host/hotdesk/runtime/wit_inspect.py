@@ -24,6 +24,8 @@ LAST_SECTION = 12
 """The highest section that wasmtime 50 knows is 11; 12 is `value`, which it refuses itself."""
 
 MAX_NAMES = 2000
+MAX_NAME = 1000
+"""Bytes of one name."""
 
 _versioned = re.compile(r"([a-z0-9:-]+)/([a-z0-9-]+)(?:@(\d+)\.(\d+)\.(\d+)\S*)?\Z")
 
@@ -199,6 +201,8 @@ def _name(data: bytes, at: int, end: int) -> tuple[str, int]:
     size, at = _number(data, at + 1, end)
     if at + size > end:
         raise _Cut(f"a name is missing at byte {at:,}")
+    if size > MAX_NAME:
+        raise ValueError(f"a name of {size:,} bytes at byte {at:,}; {MAX_NAME:,} are allowed")
     name, at = data[at : at + size].decode(), at + size
     if tag == 2:  # a suffix of the version, by which canonical names differ
         size, at = _number(data, at, end)

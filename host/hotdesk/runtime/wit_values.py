@@ -50,6 +50,10 @@ _pair = struct.Struct("<QQ")
 string_at, addressof = ctypes.string_at, ctypes.addressof
 
 
+MOST_PARTS = 60
+"""Of a type that is compared; those of the contract have 15 at most."""
+
+
 class TooMuch(ValueError):
     """A guest gave more than the limit; it was not copied."""
 
@@ -81,7 +85,7 @@ def _read(limit: int, kind: int, first: int, second: int, third: int) -> Any:
     if kind == LIST:
         if first * VALUE > limit:
             raise TooMuch(first * VALUE, limit)
-        return read_values(second, first, limit)
+        return _items(first, second, limit)
     if kind == BOOL:
         return bool(first & 0xFF)
     if kind == U16:
@@ -91,6 +95,23 @@ def _read(limit: int, kind: int, first: int, second: int, third: int) -> Any:
     if kind == ENUM:
         return _text(first, second, limit)
     raise TypeError(f"a value of kind {kind} is not in the contract")
+
+
+def _items(count: int, address: int, limit: int) -> list[Any]:
+    """A list, which takes at most *limit* bytes with all that is in it: a short one may hold long texts, many times."""
+    left = limit
+    found = []
+    for fields in _value.iter_unpack(string_at(address, count * VALUE)):
+        item = _read(left, *fields)
+        left -= VALUE + (len(item) if isinstance(item, str) else _weight(item))
+        if left < 0:
+            raise TooMuch(limit - left, limit)
+        found.append(item)
+    return found
+
+
+def _weight(item: Any) -> int:
+    return sum(ENTRY + len(field) for field in item if isinstance(field, str)) if isinstance(item, tuple) else 0
 
 
 def _text(size: int, address: int, limit: int) -> str:
@@ -238,27 +259,34 @@ def _boxed(shape: Any, value: Any) -> int:
     return ctypes.cast(boxed, ctypes.c_void_p).value or 0
 
 
-def describe(given: Any) -> str:
-    """A reflected type in the words of WIT, so that two can be compared; names of types are left out."""
+def describe(given: Any, room: list[int] | None = None) -> str:
+    """A reflected type in the words of WIT, so that two can be compared; names of types are left out.
+
+    A type can be short to write and have a million parts: what is over `MOST_PARTS` is left out.
+    """
+    room = [MOST_PARTS] if room is None else room
+    room[0] -= 1
+    if room[0] < 0:
+        return "..."
     kind = type(given).__name__
     simple = {"String": "string", "Bool": "bool"}
     if kind in simple:
         return simple[kind]
     if kind == "RecordType":
-        return "record{" + ",".join(f"{name}:{describe(one)}" for name, one in given.fields) + "}"
+        return "record{" + ",".join(f"{name}:{describe(one, room)}" for name, one in given.fields[:MOST_PARTS]) + "}"
     if kind == "VariantType":
-        return "variant{" + ",".join(f"{name}{_payload(one)}" for name, one in given.cases) + "}"
+        return "variant{" + ",".join(f"{name}{_payload(one, room)}" for name, one in given.cases[:MOST_PARTS]) + "}"
     if kind == "EnumType":
-        return "enum{" + ",".join(given.names) + "}"
+        return "enum{" + ",".join(given.names[:MOST_PARTS]) + "}"
     if kind == "ListType":
-        return f"list<{describe(given.element)}>"
+        return f"list<{describe(given.element, room)}>"
     if kind == "OptionType":
-        return f"option<{describe(given.payload)}>"
+        return f"option<{describe(given.payload, room)}>"
     if kind == "ResultType":
-        fine, error = ("_" if one is None else describe(one) for one in (given.ok, given.err))
+        fine, error = ("_" if one is None else describe(one, room) for one in (given.ok, given.err))
         return f"result<{fine},{error}>"
     return kind.removesuffix("Type").lower()
 
 
-def _payload(given: Any) -> str:
-    return "" if given is None else f"({describe(given)})"
+def _payload(given: Any, room: list[int]) -> str:
+    return "" if given is None else f"({describe(given, room)})"
