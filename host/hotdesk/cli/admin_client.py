@@ -100,6 +100,7 @@ class Plugin(msgspec.Struct, frozen=True):
     order: int | None = None
     order_from: str | None = None
     hooks: tuple[str, ...] = ()
+    component: dict[str, Any] | None = None
     capabilities: Capabilities = Capabilities()
     requires: tuple[str, ...] = ()
     waiting_for: str | None = None

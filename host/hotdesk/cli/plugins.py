@@ -309,6 +309,10 @@ def _print_one(plugin: Plugin) -> None:
         ("granted", " ".join(plugin.capabilities.granted) or "-"),
         ("calls", f"{plugin.calls}, {plugin.failures} failed; breaker {plugin.breaker.replace('_', '-')}"),
     ]
+    if plugin.component:
+        about = plugin.component
+        text = f"hotdesk:plugin@{about.get('contract')}, instances {about.get('instances')}"
+        facts.insert(3, ("component", text))
     if plugin.receipt:
         facts.append(("last swap", receipt_line(plugin.receipt)))
     facts += [("kept" if i == 0 else "", line) for i, line in enumerate(_kept(plugin))]

@@ -247,7 +247,7 @@ class Maker:
         guest, generation.guest = generation.guest, None
         if guest is not None:
             problems += [f"{what} (still there)" for what in await guest.aclose()]
-        left: list[Leftover] = await self.release.sweep(generation)
+        left: list[Leftover] = await self.release.sweep(generation, *([] if guest is None else [guest]))
         return [*problems, *map(str, left)]
 
 

@@ -72,10 +72,11 @@ class Release:
     def _held(self) -> list[tuple[str, int, str]]:
         return [key for key, refs in self._watched.items() if any(ref() is not None for ref in refs)]
 
-    async def sweep(self, generation: Generation) -> list[Leftover]:
+    async def sweep(self, generation: Generation, *own: Any) -> list[Leftover]:
         """Take away what *generation*, which nobody uses any more, left at the known roots, and empty its modules.
 
-        They are not emptied when something that could not be freed still runs on them.
+        They are not emptied when something that could not be freed still runs on them. *own* are objects of its that
+        are to be proven gone too.
         """
         left: list[Leftover] = []
         left += await _cancel_tasks(generation)
@@ -89,7 +90,8 @@ class Release:
         strays.clear()
         modules = [m for key, m in sys.modules.copy().items() if key == prefix or key.startswith(prefix + ".")]
         self._loader.forget(prefix)
-        objects = [value for module in modules for value in _own_objects(module, prefix)]
+        objects = [*own, *(value for module in modules for value in _own_objects(module, prefix))]
+        del own
         left += self._sweep_singledispatch(prefix)
         self._watched[(generation.plugin, generation.number, prefix)] = [weakref.ref(value) for value in objects]
         generation.hooks = {}

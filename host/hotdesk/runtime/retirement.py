@@ -186,6 +186,10 @@ class Retirement:
                 return
         held = [targets for key, targets in release.verify(must=True).items() if key[:2] == mine]
         for targets in held:
-            words = [f"module: {t.__qualname__} is still held by {describe_holders(t)}" for t in targets[:3]]
+            words = [f"module: {_name_of(t)} is still held by {describe_holders(t)}" for t in targets[:3]]
             entry.leftovers = [*entry.leftovers, *words]
             self._ledger.note_leftovers(entry, number, words)
+
+
+def _name_of(target: object) -> str:
+    return getattr(target, "__qualname__", type(target).__qualname__)

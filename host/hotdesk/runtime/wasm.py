@@ -243,6 +243,7 @@ class Machine:
                 write_value(results, shape, result)
             return 0
         except Stopped:
+            instance.stopped = True
             return _error("hotdesk: stopped")
         except TooMuch as exc:
             return _error(f"hotdesk: {exc}")
@@ -255,6 +256,7 @@ class Machine:
             instance = self._by_number[number]
             call = instance.call
             if call is None or call.cancelled or time.monotonic() >= call.deadline:
+                instance.stopped = True
                 return _error("hotdesk: stopped")
             delta[0] = CHECK_TICKS
             ctypes.c_uint8.from_address(kind).value = 0  # go on
@@ -301,6 +303,9 @@ class Instance:
         self.dead = False
         self.doomed = False
         """Its call was given up: it ends as soon as it notices."""
+
+        self.stopped = False
+        """The host ended the call at hand. Not read from the trap's text: names in there are the guest's."""
 
         self.settings = 0
         """Which of its owner's configs it has."""
@@ -462,6 +467,7 @@ class Instance:
         if call.cancelled:
             raise GuestTimeout
         self.call = call
+        self.stopped = False
         ffi.wasmtime_context_set_epoch_deadline(self._pointer, 1)
         ticker = self._machine.ticker
         ticker.begin(self)
@@ -473,7 +479,7 @@ class Instance:
         if not error:
             return
         text = str(wasmtime.WasmtimeError._from_ptr(error))
-        if call.cancelled or "hotdesk: stopped" in text:
+        if call.cancelled or self.stopped:
             raise GuestTimeout
         raise GuestFault(_trap_in_words(text))
 

@@ -77,6 +77,7 @@ class Admin:
             "on_failure": slot.on_failure if slot else None,
             "hooks": list(current.hooks) if current else [],
             "tools": [tool.name for tool in current.tools] if current else [],
+            "component": _component(current),
             "capabilities": {
                 "asked": list(manifest.capabilities) if manifest else [],
                 "granted": sorted(self._maker.granted(current)) if current else [],
@@ -181,3 +182,17 @@ def _last_failure(current: Generation | None) -> dict[str, Any] | None:
         return None
     at, problem = current.last_failure
     return {"at": at, "problem": problem}
+
+
+def _component(current: Generation | None) -> dict[str, Any] | None:
+    """What a WebAssembly component says of itself; None for Python."""
+    found = current.bundle.component if current is not None else None
+    if found is None or current is None:
+        return None
+    instances = current.guest.instances if current.guest is not None else 0
+    return {
+        "contract": found.version,
+        "exports": list(found.exports),
+        "imports": list(found.imports),
+        "instances": instances,
+    }
