@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from hotdesk_sdk import ManifestInvalid, parse_manifest
 
 __all__ = ["init", "new"]
 
-LANGUAGES = ("python", "rust", "go", "js", "c", "zig")
+LANGUAGES = ("python", "rust", "go", "js", "c", "zig", "python-wasm")
+CONTRACT = "1.0.0"
+"""The version of sdk/wit that a component is written against."""
 KINDS = ("bot", "middleware", "intake")
 
 
@@ -79,37 +81,79 @@ def init(directory: Path) -> None:
     help="The plugin folder to write it to.",
 )
 def new(name: str, lang: str, kind: str, folder: Path) -> None:
-    """Write a plugin that works as generated: NAME/__init__.py, its plugin.toml, and a test.
+    """Write a plugin that works as generated.
 
-    A host that watches the folder serves it at once.
+    In Python: NAME/__init__.py, its plugin.toml, and a test; a host that watches the folder serves it at once. In any
+    other language: its source and a Makefile; `make` builds plugin.wasm, and the host serves that.
 
     \b
     Examples:
       hotdesk new opening-hours
+      hotdesk new shop --lang rust
       hotdesk new polite --kind middleware
       hotdesk new sms --kind intake --dir ../desk/plugins
     """
-    if lang != "python":
-        raise click.ClickException(f"WebAssembly plugins, and with them {lang}, are not in this version of hotdesk.")
     _check_name(name)
     for taken in (folder / name, folder / f"{name}.py", folder / f"{name}.toml", folder / f"{name}.wasm"):
         if taken.exists():
             raise click.ClickException(f"nothing was written: {taken} is there already")
     test = f"test_{name.replace('-', '_')}.py"
-    files = {"__init__.py": "__init__.py.tmpl", "plugin.toml": "plugin.toml.tmpl", test: "test.py.tmpl"}
-    texts = {file: string.Template(_template(kind, tmpl).read_text("utf-8")) for file, tmpl in files.items()}
+    if lang == "python":
+        given = {"__init__.py": "__init__.py.tmpl", "plugin.toml": "plugin.toml.tmpl", test: "test.py.tmpl"}
+        files = {Path(file): _filled(_template(kind, tmpl).read_bytes(), name) for file, tmpl in given.items()}
+    else:
+        files = dict(_component_files(name, lang, kind))
     # Written under a name that no host looks at, then renamed: a host sees the plugin whole or not at all.
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".new-{name}-{secrets.token_hex(4)}"
     unfinished.mkdir()
     try:
-        for file, text in texts.items():
-            (unfinished / file).write_text(text.substitute(name=name), "utf-8")
+        for file, content in files.items():
+            (unfinished / file).parent.mkdir(parents=True, exist_ok=True)
+            (unfinished / file).write_bytes(content)
         unfinished.rename(folder / name)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    _tell_next(folder / name, name, kind, test)
+    if lang == "python":
+        _tell_next(folder / name, name, kind, test)
+    else:
+        _tell_next_of_component(folder / name, name, kind, files)
+
+
+def _component_files(name: str, lang: str, kind: str) -> Iterator[tuple[Path, bytes]]:
+    """A component's folder: what every kind has, what this kind has, the language's thin layer, and the contract."""
+    sdk = _shipped("sdk")
+    for part in ("all", kind):
+        for path, content in _files(sdk.joinpath(lang, "template", part), Path(), hidden=True):
+            filled = path.suffix == ".tmpl"
+            yield (path.with_suffix(""), _filled(content, name)) if filled else (path, content)
+    for path, content in _files(sdk.joinpath(lang), Path()):
+        if path.parts[0] not in ("template", "README.md"):
+            yield path, content
+    contract = sdk.joinpath("wit", CONTRACT, "hotdesk.wit").read_bytes()
+    yield Path("wit", "deps", "hotdesk-plugin", "hotdesk.wit"), contract
+
+
+def _filled(template: bytes, name: str) -> bytes:
+    return string.Template(template.decode()).substitute(name=name).encode()
+
+
+def _tell_next_of_component(path: Path, name: str, kind: str, files: Mapping[Path, bytes]) -> None:
+    source = next(str(file) for file in files if file.stem == "plugin" and file.suffix not in (".toml", ".wasm"))
+    shown = ((source, "the plugin"), ("plugin.toml", "what it says of itself"), ("README.md", "what to install, once"))
+    for file, what in (*shown, ("Makefile", "builds plugin.wasm")):
+        click.echo(f"{_good(path / file)}  {what}")
+    hello = {
+        "bot": f"echo {name} | hotdesk chat",
+        "middleware": "echo anything | hotdesk chat",
+        "intake": f"curl http://127.0.0.1:8080/hooks/{name} "
+        """-d '{"conversation": "c", "text": "hello", "id": "1"}'""",
+    }[kind]
+    click.echo(
+        f"\nNext:\n  make -C {path}\n  hotdesk check {path}\n  {hello}\n\n"
+        "A host that watches the folder serves plugin.wasm as soon as it is built, and again after each `make`."
+    )
 
 
 def _tell_next(path: Path, name: str, kind: str, test: str) -> None:
@@ -151,20 +195,28 @@ def _template(*parts: str) -> Traversable:
 
 def _bundled_files() -> Iterator[tuple[Path, bytes]]:
     """The bundled plugins, each file with its path below plugins/: from the installed package, or from the checkout."""
-    packaged = importlib.resources.files("hotdesk").joinpath("bundled", "plugins")
-    checkout = Path(__file__).parents[3] / "plugins"
+    yield from _files(_shipped("plugins"), Path())
+
+
+def _shipped(folder: str) -> Traversable:
+    """A folder that the wheel has inside the package, and the checkout beside it."""
+    packaged = importlib.resources.files("hotdesk").joinpath("bundled", folder)
+    checkout = Path(__file__).parents[3] / folder
     root: Traversable = packaged if packaged.is_dir() else checkout
     if not root.is_dir():
-        raise click.ClickException("the bundled plugins are missing from this installation; install hotdesk again")
-    yield from _files(root, Path())
+        raise click.ClickException(f"{folder}/ is missing from this installation; install hotdesk again")
+    return root
 
 
-def _files(folder: Traversable, below: Path) -> Iterator[tuple[Path, bytes]]:
+def _files(folder: Traversable, below: Path, *, hidden: bool = False) -> Iterator[tuple[Path, bytes]]:
+    """Every file of a folder with its path; tests are left out, and what begins with a dot unless *hidden*."""
     for item in sorted(folder.iterdir(), key=lambda item: item.name):
-        if item.name.startswith((".", "test_")) or item.name in ("__pycache__", "tests", "conftest.py"):
+        if item.name.startswith("test_") or item.name in ("__pycache__", "tests", "conftest.py"):
+            continue
+        if item.name.startswith(".") and not hidden:
             continue
         if item.is_dir():
-            yield from _files(item, below / item.name)
+            yield from _files(item, below / item.name, hidden=hidden)
         else:
             yield below / item.name, item.read_bytes()
 

@@ -38,6 +38,10 @@ CHECK_TICKS = 2
 PROOF_S = 2.0
 """How long the proof that a guest can be stopped may take, on a machine that does other things too."""
 
+CALLS_AT_ONCE, REST_S = 250, 0.0002
+"""After so many calls of the host in one call of its own, a guest rests before each. One that asks for ever would take
+the interpreter back as soon as it gives it up, and the loop would wait milliseconds for each of its turns."""
+
 MAX_ITEMS = 100
 """Functions and types of one interface; those of the contract have eleven at most."""
 
@@ -237,6 +241,9 @@ class Machine:
         try:
             _name, function, shape = self._table[number - 1]
             instance = self._by_context[context]
+            instance.asked += 1
+            if instance.asked > CALLS_AT_ONCE:
+                time.sleep(REST_S)
             values = read_values(arguments, count, self.output_bytes) if count else []
             result = function(instance, *values)
             if shape is not None:
@@ -303,6 +310,9 @@ class Instance:
         self.dead = False
         self.doomed = False
         """Its call was given up: it ends as soon as it notices."""
+
+        self.asked = 0
+        """Calls of the host in the call at hand."""
 
         self.stopped = False
         """The host ended the call at hand. Not read from the trap's text: names in there are the guest's."""
@@ -467,6 +477,7 @@ class Instance:
         if call.cancelled:
             raise GuestTimeout
         self.call = call
+        self.asked = 0
         self.stopped = False
         ffi.wasmtime_context_set_epoch_deadline(self._pointer, 1)
         ticker = self._machine.ticker

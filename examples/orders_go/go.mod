@@ -1,0 +1,7 @@
+module orders
+
+go 1.24
+
+require hotdesk v0.0.0
+
+replace hotdesk => ../../sdk/go/hotdesk

@@ -1,0 +1,3 @@
+module hotdesk
+
+go 1.24
