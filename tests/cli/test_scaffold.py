@@ -105,11 +105,18 @@ async def test_a_name_that_no_host_would_load_is_refused(hotdesk: Hotdesk, name:
     assert words in ran.err
 
 
-@pytest.mark.parametrize("lang", ["rust", "go", "js", "c", "zig"])
-async def test_other_languages_are_not_in_this_version(hotdesk: Hotdesk, tmp_path: Path, lang: str) -> None:
-    """One sentence, and nothing written."""
-    ran = await hotdesk("new", "faq", "--lang", lang)
-    assert ran.code == 1
-    assert "WebAssembly plugins" in ran.err
-    assert len(ran.err.strip().splitlines()) == 1
-    assert files(tmp_path) == {}
+@pytest.mark.parametrize("kind", ["bot", "middleware", "intake"])
+@pytest.mark.parametrize("lang", ["rust", "go", "js", "c", "zig", "python-wasm"])
+async def test_a_component_in_another_language(hotdesk: Hotdesk, tmp_path: Path, lang: str, kind: str) -> None:
+    """Its source, a Makefile, a page of its own, the contract; no placeholder is left, and nothing else of the SDK."""
+    ran = await hotdesk("new", "shop", "--lang", lang, "--kind", kind)
+    assert ran.code == 0, ran.err
+    folder = tmp_path / "plugins" / "shop"
+    contract = Path(__file__).parents[2] / "sdk" / "wit" / "1.0.0" / "hotdesk.wit"
+    assert (folder / "wit/deps/hotdesk-plugin/hotdesk.wit").read_bytes() == contract.read_bytes()
+    assert {"Makefile", "README.md", "plugin.toml", "wit", ".gitignore"} <= {path.name for path in folder.iterdir()}
+    assert tomllib.loads((folder / "plugin.toml").read_text())["name"] == "shop"
+    assert not [path for path in folder.rglob("*") if path.suffix == ".tmpl" or path.name == "template"]
+    for path in folder.glob("plugin.*"):
+        assert "$name" not in path.read_text()
+    assert f"make -C {Path('plugins/shop')}" in ran.out

@@ -16,9 +16,9 @@ from tests.llm.asking import settings_of
 from tests.llm.raw_server import serving
 
 from conftest import StartDesk
-from hotdesk.runtime.network import is_public
 from hotdesk.chat.prompt import MAX_IMAGES
 from hotdesk.config import LlmSettings
+from hotdesk.runtime.network import is_public
 from pictures import encoded, noise
 
 PLUGINS = Path(__file__).parents[2] / "plugins"

@@ -6,11 +6,31 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
+from typing import Any
 
 import wasmtime
 
-__all__ = ["ANSWER", "NEXT", "PACKAGE", "VERSION", "answering", "component", "text"]
+from hotdesk.runtime.wit_contract import EXPORTS as CONTRACT
+
+__all__ = [
+    "ANSWER",
+    "DEEP",
+    "DEEPLY",
+    "FOREIGN",
+    "LOOP",
+    "NEXT",
+    "PACKAGE",
+    "TRAP",
+    "VERSION",
+    "answering",
+    "component",
+    "giving",
+    "giving_back",
+    "text",
+    "when_shouted",
+]
 
 VERSION = "1.0.0"
 PACKAGE = "hotdesk:plugin"
@@ -199,6 +219,31 @@ ZERO = (
 )
 """What any function may give that has no more to say: fine, none, no tools."""
 
+FOREIGN = "wasi:cli/exit@0.2.3"
+
+LOOP = "(loop (br 0)) (unreachable)"
+"""A body that never ends."""
+
+TRAP = "(unreachable)"
+
+DEEP = "(drop (call $deep (i32.const 0))) (unreachable)"
+"""A body that calls itself until the stack is full; needs `DEEPLY` in `more`."""
+
+DEEPLY = (
+    "(func $deep (param i32) (result i32) (i32.add (i32.const 1) (call $deep (i32.add (local.get 0) (i32.const 1)))))"
+)
+
+
+def giving_back(body: str) -> str:
+    """A *body* that leaves a result, from within another."""
+    return f"(return (block (result i32) {body}))"
+
+
+def when_shouted(body: str, otherwise: str = NEXT) -> str:
+    """*body* for a turn whose text begins with an exclamation mark, *otherwise* for others."""
+    return f"(if (i32.eq (i32.load8_u (local.get 4)) (i32.const 33)) (then {body})) {otherwise}"
+
+
 DEFAULTS = {"before": NEXT, "after": NEXT, "respond": NEXT}
 
 
@@ -211,16 +256,22 @@ def component(
     version: str = VERSION,
     memory: str = "1",
     wrap: str = "",
+    foreign: bool = False,
+    heap: tuple[str, str] = ("", ""),
 ) -> bytes:
     """A component that exports the interfaces to which the functions in *bodies* belong; the others get a default.
 
     *imports* are functions of the host's interfaces, callable as `$base.log` and so on. *data* is put at `DATA`, *more*
-    into the core module, *wrap* into the component itself.
+    into the core module, *wrap* into the component itself. With *foreign* it imports a function of another package,
+    callable as `$foreign`. In the helpers, the first text of *heap* is replaced by the second.
     """
     chosen = [name for name, (_, functions) in EXPORTS.items() if functions.keys() & bodies.keys()]
     imported = imports or {}
     out = ["(component"]
     lowered = []
+    if foreign:
+        out.append(f' (import "{FOREIGN}" (instance $other (export "exit" (func))))')
+        out.append(' (core func $foreign (canon lower (func $other "exit")))')
     for name, functions in imported.items():
         used, table = IMPORTS[name]
         out.append(f' (import "{PACKAGE}/{name}@{version}" (instance ${name}')
@@ -231,7 +282,7 @@ def component(
         out.append(" ))")
         lowered += [(name, function) for function in functions]
     # The memory and realloc that lowered imports need come from a module of their own.
-    out.append(f' (core module $heap_module (memory (export "memory") {memory}) {_HEAP_ONLY})')
+    out.append(f' (core module $heap_module (memory (export "memory") {memory}) {_HEAP_ONLY.replace(*heap)})')
     out.append(" (core instance $heap (instantiate $heap_module))")
     for name, function in lowered:
         out.append(
@@ -242,6 +293,8 @@ def component(
     for name, function in lowered:
         _, parameters, result = IMPORTS[name][1][function]
         out.append(f'  (import "{name}" "{function}" (func ${name}.{function} {_core(parameters, result)}))')
+    if foreign:
+        out.append('  (import "foreign" "exit" (func $foreign))')
     out.append('  (import "heap" "memory" (memory 0))')
     out.append('  (import "heap" "alloc" (func $alloc (param i32) (result i32)))')
     if data:
@@ -255,6 +308,8 @@ def component(
             )
     out.append(" )")
     out.append(' (core instance $core (instantiate $plugin (with "heap" (instance $heap))')
+    if foreign:
+        out.append('  (with "foreign" (instance (export "exit" (func $foreign))))')
     for name, functions in imported.items():
         exports = "".join(f' (export "{function}" (func ${name}.{function}))' for function in functions)
         out.append(f'  (with "{name}" (instance{exports}))')
@@ -330,3 +385,96 @@ def answering(said: str) -> bytes:
     length = len(said.encode())
     escaped = "".join(f"\\{byte:02x}" for byte in said.encode())
     return component({"respond": text("answer", DATA, length)}, data=escaped)
+
+
+class _Memory:
+    """Values laid out the way that the component model has them in a memory, from `DATA` on."""
+
+    def __init__(self) -> None:
+        self.at = DATA
+        self.bytes = bytearray()
+
+    def place(self, raw: bytes) -> int:
+        self.bytes += b"\0" * (-len(self.bytes) % 8)
+        at = DATA + len(self.bytes)
+        self.bytes += raw
+        return at
+
+    def value(self, shape: Any, value: Any) -> bytes:
+        """*value*, as `wit_values` has values in Python; texts may be bytes that are no UTF-8."""
+        if shape == "string":
+            raw = value if isinstance(value, bytes) else value.encode()
+            return struct.pack("<II", self.place(raw), len(raw))
+        if shape in ("u16", "bool"):
+            return struct.pack("<H", value) if shape == "u16" else bytes([value])
+        kind = shape[0]
+        if kind == "record":
+            return self._fields(
+                [(_alignment(one), self.value(one, v)) for (_, one), v in zip(shape[1], value, strict=True)]
+            )
+        if kind == "list":
+            items = b"".join(self.value(shape[1], one) for one in value)
+            return struct.pack("<II", self.place(items), len(value))
+        cases, number, payload = _cases(shape, value)
+        align = max([1, *(_alignment(one) for one in cases if one is not None)])
+        inner = b"" if cases[number] is None else self.value(cases[number], payload)
+        size = align + max([0, *(_size(one) for one in cases if one is not None)])
+        return (bytes([number]).ljust(align, b"\0") + inner).ljust(size, b"\0")
+
+    @staticmethod
+    def _fields(fields: list[tuple[int, bytes]]) -> bytes:
+        made = b""
+        for align, raw in fields:
+            made += b"\0" * (-len(made) % align) + raw
+        return made + b"\0" * (-len(made) % max(align for align, _ in fields))
+
+
+def _cases(shape: Any, value: Any) -> tuple[list[Any], int, Any]:
+    """The payloads of a variant, option or result; which case *value* is, and its payload."""
+    if shape[0] == "option":
+        return [None, shape[1]], int(value is not None), value
+    if shape[0] == "result":
+        return [shape[1], shape[2]], int(not value[0]), value[1]
+    return list(shape[1].values()), list(shape[1]).index(value[0]), value[1]
+
+
+def _alignment(shape: Any) -> int:
+    if isinstance(shape, str):
+        return {"string": 4, "u16": 2, "bool": 1}[shape]
+    if shape[0] == "list":
+        return 4
+    parts = [one for _, one in shape[1]] if shape[0] == "record" else _payloads(shape)
+    return max([1, *map(_alignment, parts)])
+
+
+def _size(shape: Any) -> int:
+    if isinstance(shape, str):
+        return {"string": 8, "u16": 2, "bool": 1}[shape]
+    if shape[0] == "list":
+        return 8
+    align = _alignment(shape)
+    if shape[0] == "record":
+        size = 0
+        for _, one in shape[1]:
+            size += -size % _alignment(one) + _size(one)
+    else:
+        size = align + max([0, *map(_size, _payloads(shape))])
+    return size + -size % align
+
+
+def _payloads(shape: Any) -> list[Any]:
+    kind = shape[0]
+    given = [shape[1]] if kind == "option" else [shape[1], shape[2]] if kind == "result" else shape[1].values()
+    return [one for one in given if one is not None]
+
+
+def giving(results: Mapping[str, Any], *, instead: Mapping[str, str] | None = None, **options: Any) -> bytes:
+    """A component whose functions always give *results*, by "interface.function"; *instead* has bodies of others."""
+    memory = _Memory()
+    bodies = dict(instead or {})
+    for name, value in results.items():
+        interface, _, function = name.partition(".")
+        at = memory.place(memory.value(CONTRACT[interface][function].result, value))
+        bodies[function] = f"(i32.const {at})"
+    assert len(memory.bytes) < RESULT - DATA, "too much for the constants' room"
+    return component(bodies, data="".join(f"\\{byte:02x}" for byte in memory.bytes), **options)
