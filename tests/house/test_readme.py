@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.wasm.toolchains import Unavailable, js
 
 from conftest import ADMIN_TOKEN, StartDesk, wait_until
 from hotdesk.config import load_config
@@ -40,23 +41,33 @@ def matches(shown: str, real: str) -> bool:
     return re.fullmatch(pattern, real.strip(), re.S) is not None
 
 
-async def test_the_readme_runs(start_desk: StartDesk, tmp_path: Path) -> None:
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("about", ["Python", "components too"])
+async def test_the_readme_runs(about: str, start_desk: StartDesk, tmp_path: Path) -> None:
     """Somebody who types what the README says sees what it shows."""
     plugins = tmp_path / "plugins"
     shutil.copytree(ROOT / "plugins", plugins, ignore=shutil.ignore_patterns("__pycache__"))
     desk = await start_desk(folder=plugins)
     blocks = [body for language, body in FENCE.findall((ROOT / "README.md").read_text()) if language == "console"]
     assert blocks
+    if about != "Python":
+        try:
+            toolchain = await asyncio.to_thread(js.ensure)
+        except Unavailable as exc:
+            pytest.skip(str(exc))
+    else:
+        toolchain = {}
+    blocks = [block for block in blocks if about != "Python" or "--lang" not in block]
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{toolchain.get('PATH', os.environ['PATH'])}",
         "HOTDESK_URL": desk.url,
         "HOTDESK_ADMIN_TOKEN": ADMIN_TOKEN,
     }
     for command, shown in [step for block in blocks for step in steps(block)]:
         if command.startswith("export "):
             continue
-        changes = "plugins/" in command
+        changes = "plugins/" in command and not command.startswith("hotdesk")
         seen = sum(len(e.kept) + (e.problem is not None) + e.last_number for e in desk.host.plugins.entries)
         process = await asyncio.create_subprocess_shell(
             command.replace("http://127.0.0.1:8080", desk.url),
