@@ -34,6 +34,10 @@ RUNS = {
     "llm_context": "tests.load.llm_context",
     "swaps": "tests.load.swaps",
     "leak": "tests.load.leak",
+    "wasm_call": "tests.load.wasm_call",
+    "wasm_swaps": "tests.load.wasm_swaps",
+    "wasm_cores": "tests.load.wasm_cores",
+    "wasm_leak": "tests.load.wasm_leak",
     "kill": "tests.chaos.kill",
 }
 

@@ -25,13 +25,13 @@ from hotdesk.backend import Backend, TurnEnd, open_backend
 from hotdesk.backend.images import ImageStore
 from hotdesk.chat.image_content import decode_base64, inspect
 from hotdesk.chat.image_fetch import check_image_url
-from hotdesk.runtime.network import is_public
 from hotdesk.chat.images import Images, LoadedImage, described
 from hotdesk.chat.intake import Accepted, NewMessage
 from hotdesk.chat.turns import new_id
 from hotdesk.config import load_config
 from hotdesk.errors import ConfigError, DoorError, ImageUnusable
 from hotdesk.metrics import Metrics
+from hotdesk.runtime.network import is_public
 from hotdesk_sdk import Attachment, Message
 from pictures import FORMATS, chunk, encoded, noise, picture, png
 

@@ -18,7 +18,16 @@ TIMES = ("ms", "s", "KiB", "MiB", "%", "turns/s", "µs", "times", "cores", "requ
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("run", ["tests.load.swaps", "tests.chaos.kill", "tests.load.leak"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        "tests.load.swaps",
+        "tests.chaos.kill",
+        "tests.load.leak",
+        pytest.param("tests.load.wasm_swaps", marks=pytest.mark.timeout(400)),  # it builds two examples first
+        "tests.load.wasm_leak",
+    ],
+)
 async def test_nothing_is_lost_doubled_reordered_mixed_or_left(run: str) -> None:
     """Under traffic, swaps and kills break no promise, as the offline checker judges it, and leave nothing behind."""
     result = await short_form(run)
@@ -43,6 +52,17 @@ async def test_answers_of_the_model_arrive_whole_and_are_not_ten_times_too_dear(
     assert counted
     assert speeds
     assert [figure for figure in counted if not figure.met] == [], figures
+    assert [figure for figure in speeds if not nearly(figure).met] == [], figures
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("run", ["wasm_call", "wasm_cores"])
+async def test_a_component_is_not_ten_times_too_dear(run: str) -> None:
+    """Calls into components give what they should, and no figure is ten times off its target."""
+    figures = [msgspec.convert(row, Figure) for row in (await short_form(f"tests.load.{run}"))["figures"]]
+    speeds = [figure for figure in figures if figure.target]
+    assert len(speeds) > 1
     assert [figure for figure in speeds if not nearly(figure).met] == [], figures
 
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from typing import Any
 
+import aiohttp
 import msgspec
 
 from hotdesk_sdk import CapabilityDenied, LlmError, ScopeClosed
@@ -14,6 +15,7 @@ from hotdesk_sdk import CapabilityDenied, LlmError, ScopeClosed
 from ..errors import describe
 from .active import Generation
 from .call import CLOCK
+from .capabilities import MAX_VALUE_BYTES
 from .scope import Context
 from .wasm import Code, Instance, Machine
 from .wasm_calls import DONE, FAILED, STOP, GuestCall, GuestError, GuestFault
@@ -297,6 +299,8 @@ class Guest:
             return failure("unavailable", str(exc))
         except LlmError as exc:
             return failure("timeout" if exc.code == "llm_timeout" else "unavailable", exc.public)
+        except TooLarge as exc:
+            return failure("too-large", str(exc))
         except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as exc:
             return failure("invalid", describe(exc))
         except TimeoutError as exc:
@@ -335,6 +339,8 @@ class Guest:
         return None if value is _MISSING else msgspec.json.encode(value).decode()
 
     async def _kv_set(self, call: GuestCall, key: str, value: str) -> None:
+        if len(value) > MAX_VALUE_BYTES:
+            raise TooLarge(f"a value has at most {MAX_VALUE_BYTES} bytes")
         await self._ctx.kv.set(key, msgspec.json.decode(value))
 
     async def _kv_delete(self, call: GuestCall, key: str) -> None:
@@ -346,9 +352,18 @@ class Guest:
     async def _fetch(self, call: GuestCall, method: str, url: str, headers: str, body: str) -> tuple[Any, ...]:
         left = max(0.05, min(HTTP_S, call.deadline - time.monotonic()))
         named = msgspec.json.decode(headers or "{}", type=dict[str, str])
-        found = await self._ctx.http_for_guests.request(method, url, headers=named, body=body or None, timeout=left)
+        try:
+            found = await self._ctx.http_for_guests.request(method, url, headers=named, body=body or None, timeout=left)
+        except aiohttp.ClientError as exc:
+            if isinstance(exc, ValueError | OSError):
+                raise
+            raise ConnectionError(describe(exc)) from exc  # it broke off, or does not speak HTTP
         text, extra = as_text(found.body)
         return found.status, msgspec.json.encode(dict(found.headers)).decode(), text, extra
+
+
+class TooLarge(ValueError):
+    """More than a limit of a host function allows."""
 
 
 _MISSING = object()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .context import StoredReply
-from .messages import Attachment, Intake, Message
+from .messages import Attachment, Intake, Message, Tool
 
 __all__ = ["Desk", "Said"]
 
@@ -65,7 +65,7 @@ class Desk(Protocol):
         found = [_find(Path(path), caller) for path in paths]
         configs = dict(configs or {})
         if config is not None:
-            first = found[0]
+            first = found[0].parent if found[0].name in ("__init__.py", "plugin.toml", "plugin.wasm") else found[0]
             configs[first.name if first.is_dir() else first.stem] = config
         return _factory()(found, configs, grant, llm)  # type: ignore[no-any-return]
 
@@ -97,8 +97,32 @@ class Desk(Protocol):
     async def record(self, conversation: str = "test") -> list[Message | StoredReply]:
         """Everything said in a conversation, oldest first."""
 
-    async def write(self, name: str, source: str) -> Any:
-        """Replace a plugin's file and wait until the change serves or is refused; None if it is no plugin's."""
+    async def write(self, name: str, source: str | bytes) -> Any:
+        """Replace a plugin's file and wait until the change serves or is refused; None if it is no plugin's.
+
+        A manifest of which only `[config]` differs goes to `configure`, as an operator's change does.
+        """
+
+    async def replace(self, path: str | Path, *, timeout: float = 60.0) -> Any:
+        """Put the plugin at *path* in the place of the one that has its name, and wait as `write` does.
+
+        Both may be of any kind: a file of Python, a `.wasm`, a folder. *path* has another version: what differs in
+        nothing is no change, and nothing comes of it.
+        """
+
+    @property
+    def tools(self) -> Mapping[str, Tool]:
+        """What the language model is offered, by name."""
+
+    async def call_tool(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """Call a tool as the language model would, beside any turn; gives what it would be told, errors too."""
+
+    @property
+    def events(self) -> Sequence[Mapping[str, Any]]:
+        """What the operator was told of plugins, oldest first, as `GET /admin/events` has it."""
+
+    def metric(self, name: str, **labels: str) -> float:
+        """What `/metrics` says; 0 for what was never counted."""
 
 
 def _find(path: Path, caller: Path) -> Path:
