@@ -21,7 +21,7 @@ def ensure() -> dict[str, str]:
         if _has_clang():
             return wasm_tools.ensure()
         compiler = zig.ensure()
-        return {**compiler, "CLANG": f"{compiler['ZIG']} cc", "LDFLAGS": ""}
+        return {**compiler, "CLANG": f"{compiler['ZIG']} cc", "LAYOUT": ""}
     return wasm_tools.ensure()
 
 
