@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from wasm.toolchains import Unavailable, c, wasm_tools, zig
+from tests.wasm.toolchains import Unavailable, c, wasm_tools, zig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first run on a machine builds wasm-tools
 
 SDK = Path(__file__).parents[2] / "sdk"
-VERSIONS = sorted((SDK / "wit").iterdir(), key=lambda folder: [int(part) for part in folder.name.split(".")])
+VERSIONS = sorted(
+    (one for one in (SDK / "wit").iterdir() if one.is_dir()),
+    key=lambda folder: [int(part) for part in folder.name.split(".")],
+)
 NEWEST = VERSIONS[-1]
 
 Contract = dict[str, dict[str, list[str]]]

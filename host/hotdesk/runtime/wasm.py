@@ -118,6 +118,9 @@ class Code:
         self.linker = linker
         """What it may import. One that imports more than the contract has its own: each such function traps."""
 
+        self.emits = False
+        """Whether it imports `base.emit`, so that its bot may stream."""
+
         self.functions: dict[str, Any] = {}
         """By "interface.function": the index that finds it in an instance."""
 
@@ -174,6 +177,9 @@ class Machine:
         if problem is not None:
             raise LoadFailed(plugin, "inspect", problem, file=file)
         code = Code(component, inspected, self._linker)
+        if "base" in inspected.imports:
+            base: Any = component.type.imports(self.engine)[f"{PACKAGE}/base@{inspected.version}"].ty
+            code.emits = "emit" in base.exports(self.engine)
         if inspected.foreign:
             code.linker = self._new_linker()
             code.linker.define_unknown_imports_as_traps(component)
@@ -375,7 +381,7 @@ class Instance:
                         result = self._invoke(store, call)
                 except BaseException as exc:  # the wall of a thread: whoever called is told, and this one ends
                     self.dead = True
-                    call.say((FAILED, exc))
+                    call.say((FAILED, exc.with_traceback(None)))  # the frames of this thread end here
                     break
                 call.say((DONE, result))
                 del call, result

@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import stat
+import time
 from pathlib import Path
 
 from ..logs import Logger
@@ -20,6 +21,9 @@ __all__ = ["CodeCache"]
 
 MAGIC = b"hotdesk native code 1\n"
 SUFFIX = ".native"
+
+STALE_S = 3600.0
+"""A file that was begun this long ago is nobody's any more."""
 
 
 class CodeCache:
@@ -38,8 +42,10 @@ class CodeCache:
             raise PermissionError(
                 f"{self.root} can be written by others than this host's user, who could then run anything: chmod 700 it"
             )
-        for path in self.root.glob("*.part"):
-            path.unlink(missing_ok=True)
+        for path in self.root.glob("*.part"):  # another host may be writing one just now
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    path.unlink()
 
     def new_file(self) -> Path:
         """Where to write what is then given to `keep`."""

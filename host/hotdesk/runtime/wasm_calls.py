@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from _thread import allocate_lock
+from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import Any
 
 __all__ = ["DONE", "FAILED", "OPERATION", "STOP", "GuestCall", "GuestError", "GuestFault", "GuestTimeout"]
@@ -40,16 +42,24 @@ class GuestCall:
         "_message",
         "_said",
         "_waiter",
+        "allowance",
         "arguments",
         "cancelled",
         "deadline",
+        "emit",
         "name",
         "resting",
         "turn",
     )
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, name: str, arguments: tuple[Any, ...], deadline: float, turn: Any
+        self,
+        loop: asyncio.AbstractEventLoop,
+        name: str,
+        arguments: tuple[Any, ...],
+        deadline: float,
+        turn: Any,
+        emit: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._loop = loop
         self._said = allocate_lock()
@@ -61,6 +71,10 @@ class GuestCall:
         self.deadline = deadline
         self.turn = turn
         self.cancelled = False
+        self.emit = emit
+        """Takes the chunks of a bot that streams, and may have it wait; None where nothing can be shown."""
+
+        self.allowance = deadline - monotonic()
         self.resting = False
         """It waits for something that has a deadline of its own."""
 
@@ -76,6 +90,10 @@ class GuestCall:
             except RuntimeError:
                 return False
         return True
+
+    def forget(self) -> None:
+        """Let go of what was said last."""
+        self._message = (FAILED, None)
 
     def take_quickly(self, seconds: float) -> tuple[str, Any] | None:
         """What was said within *seconds*, for which this blocks; None when nothing was."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -31,12 +32,17 @@ FAR = 3600.0
 
 HTTP_S = 10.0
 
-QUICK_S = 0.0002
-"""How long the loop stands still for a call's answer, before it does other things meanwhile. A call that is done by
-then costs half: no future, no wake-up of the loop through the kernel."""
+QUICK_S = 0.0005
+"""A function whose calls are done by then is waited for: such a call costs half, for it needs no future and no wake-up
+of the loop through the kernel."""
+
+STILL_S = 0.001
+"""How long the loop stands still for a call's answer at most. Not `QUICK_S`: a timer due before the kernel's own tick
+has to be set in the processor and taken back, which cost 10 to 25 us a call on a virtual machine."""
 
 PASSES = 31
-"""After one that was not done by then, so many calls of that function are not waited for, then one is tried again."""
+"""After one that was not quick, some calls of that function are not waited for, then one is tried again: 1, 3, 7, at
+most so many, each time that it was not quick again. One late call says little: others had the interpreter."""
 
 
 class Guest:
@@ -63,10 +69,12 @@ class Guest:
         self._instances: set[Instance] = set()
         self._ending: set[Instance] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._starting = 0
         self._closed = False
         self._quick: dict[str, int] = {}
         """Functions that were not quick, and how many more of their calls nobody waits for at once."""
+
+        self._passes: dict[str, int] = {}
+        """How many those were the last time, of functions that have not been quick since."""
 
         self.keeps_state = False
 
@@ -164,14 +172,16 @@ class Guest:
 
     # -- calls -----------------------------------------------------------------------------------------------
 
-    async def call(self, name: str, *arguments: Any, turn: Any = None) -> Any:
+    async def call(
+        self, name: str, *arguments: Any, turn: Any = None, emit: Callable[[str], Awaitable[None]] | None = None
+    ) -> Any:
         """Call the exported function; its result, unwrapped.
 
         Raises `GuestError` (it said so), `GuestFault` (it trapped), `GuestTimeout`.
         """
         instance = await self._take()
         try:
-            return _good(await self._made(instance, name, *arguments, turn=turn))
+            return _good(await self._made(instance, name, *arguments, turn=turn, emit=emit))
         finally:
             self._give_back(instance)
 
@@ -186,7 +196,7 @@ class Guest:
                     continue
                 if instance.settings == self._settings or await self._brought_up_to_date(instance):
                     return instance
-            if len(self._instances) + self._starting < self._most:
+            if len(self._instances) < self._most:
                 return await self._start()
             waiting: asyncio.Future[None] = self._loop.create_future()
             self._waiting.append(waiting)
@@ -216,7 +226,6 @@ class Guest:
 
     async def _start(self) -> Instance:
         """A new instance, set up: its own `setup`, and the state that the generation began with."""
-        self._starting += 1
         name = f"{self._generation.plugin}-{self._generation.number}"
         instance = Instance(self._machine, self.code, name, self._loop, self)
         instance.settings = self._settings
@@ -231,8 +240,6 @@ class Guest:
             self._retire(instance)
             self._wake()
             raise
-        finally:
-            self._starting -= 1
         return instance
 
     async def _brought_up_to_date(self, instance: Instance) -> bool:
@@ -250,10 +257,17 @@ class Guest:
             self._retire(instance)
         return taken
 
-    async def _made(self, instance: Instance, name: str, *arguments: Any, turn: Any = None) -> Any:
+    async def _made(
+        self,
+        instance: Instance,
+        name: str,
+        *arguments: Any,
+        turn: Any = None,
+        emit: Callable[[str], Awaitable[None]] | None = None,
+    ) -> Any:
         """Have *instance* make one call, and do on the loop what it asks for meanwhile."""
         clock = CLOCK.get()
-        call = GuestCall(self._loop, name, arguments, _deadline(clock), turn)
+        call = GuestCall(self._loop, name, arguments, _deadline(clock), turn, emit)
         quick, nearness = self._quick, instance.nearness
         if nearness is not None:
             nearness.leave() if quick.get(name) else nearness.stay()
@@ -262,9 +276,12 @@ class Guest:
             while True:
                 said = None
                 if (passes := quick.get(name, 0)) == 0:
-                    said = call.take_quickly(QUICK_S)
-                    if said is None:
-                        quick[name] = PASSES
+                    began = time.monotonic()
+                    said = call.take_quickly(STILL_S)
+                    if said is not None and time.monotonic() - began <= QUICK_S:
+                        self._passes.pop(name, None)
+                    else:
+                        quick[name] = self._passes[name] = min(PASSES, 2 * self._passes.get(name, 0) + 1)
                         if nearness is not None:
                             nearness.leave()
                 else:
@@ -274,11 +291,13 @@ class Guest:
                     return value
                 if kind is FAILED:
                     instance.dead = True
-                    raise value
+                    call.forget()
+                    try:
+                        raise value
+                    finally:
+                        del said, value  # else the exception holds this frame, and this frame the exception
                 operation, given = value
-                answer = await self._serve(call, operation, given, clock)
-                call.deadline = _deadline(clock)
-                instance.answer(answer)
+                instance.answer(await self._serve(call, operation, given))
         except BaseException:
             if not instance.dead:
                 call.cancelled = instance.doomed = True
@@ -287,11 +306,11 @@ class Guest:
 
     # -- what a guest asks for -------------------------------------------------------------------------------
 
-    async def _serve(self, call: GuestCall, operation: str, given: tuple[Any, ...], clock: Any) -> Any:
+    async def _serve(self, call: GuestCall, operation: str, given: tuple[Any, ...]) -> Any:
         """The answer of a host function. Whatever fails is a value of the contract."""
         try:
             if operation == "llm.complete":
-                return await self._complete(call, given[0], clock)
+                return await self._complete(call, given[0])
             return True, await _OPERATIONS[operation](self, call, *given)
         except CapabilityDenied as exc:
             return failure("denied", exc.capability)
@@ -311,20 +330,24 @@ class Guest:
             self.log.error("host_function_failed", function=operation, problem=describe(exc))
             return failure("other", "the host failed; its log says why")
 
-    async def _complete(self, call: GuestCall, request: str, clock: Any) -> Any:
+    async def _complete(self, call: GuestCall, request: str) -> Any:
         asked = msgspec.json.decode(request, type=dict[str, Any])
         messages = asked.pop("messages", None)
         if not isinstance(messages, list):
             return failure("invalid", "messages is a list, as in the OpenAI chat protocol")
         call.resting = True  # the model's time is not the guest's: it has clocks of its own
+        began = time.monotonic()
         try:
             completion = await self._ctx.llm.complete(messages, **asked)
         finally:
+            call.deadline += time.monotonic() - began
             call.resting = False
         return True, msgspec.json.encode(completion).decode()
 
     async def _emit(self, call: GuestCall, text: str) -> None:
-        await call.turn.stream(text)
+        assert call.emit is not None
+        await call.emit(text)
+        call.deadline = time.monotonic() + call.allowance  # as for Python, a chunk begins the time anew
 
     async def _history(self, call: GuestCall, limit: int) -> str:
         if call.turn is None:
@@ -332,7 +355,10 @@ class Guest:
         return msgspec.json.encode(await call.turn.history(min(limit, 1000))).decode()
 
     async def _send(self, call: GuestCall, conversation: str, text: str) -> str:
-        return str((await self._ctx.send(conversation, text)).id)
+        try:
+            return str((await self._ctx.send(conversation, text)).id)
+        except LookupError as exc:
+            raise ValueError(str(exc)) from exc  # there is no such conversation
 
     async def _kv_get(self, call: GuestCall, key: str) -> str | None:
         value = await self._ctx.kv.get(key, _MISSING)

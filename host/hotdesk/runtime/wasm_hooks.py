@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator, Callable
@@ -111,12 +112,43 @@ class _Hooks:
             yield text
 
     async def respond(self, turn: Any) -> Any:
-        case, given = await self._guest.call("bot.respond", turn_record(turn), turn=turn)
+        if self._guest.code.emits:
+            case, given = await self._respond_streaming(turn)
+        else:
+            case, given = await self._guest.call("bot.respond", turn_record(turn), turn=turn)
         if case in ("next", "leave"):
             return None
         if case == "rewrite":
             raise GuestFault("it decided 'rewrite', which is not for a bot")
         return await self._decided(turn, case, given)
+
+    async def _respond_streaming(self, turn: Any) -> Any:
+        """Call the bot beside the stream that it feeds.
+
+        It is done as soon as it can be, however slowly the stream is read; else a slow reader would hold its instance,
+        and its own `chunks`, which the stream passes, would wait for it for ever.
+        """
+        emitted = _Emitted()
+        call = self._guest.call("bot.respond", turn_record(turn), turn=turn, emit=emitted.put)
+        task = asyncio.get_running_loop().create_task(call)
+        task.add_done_callback(emitted.wake)
+        try:
+            while True:
+                done = task.done()
+                if emitted.chunks:
+                    for text in emitted.take():
+                        handed = turn.stream(text)
+                    await handed
+                elif done:
+                    return task.result()
+                else:
+                    await emitted.wait()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # it is known, or nobody's any more
 
     async def _decided(self, turn: Any, case: str, given: Any) -> Any:
         """What ends a turn."""
@@ -183,6 +215,41 @@ class _Hooks:
             await self._guest.call("events.on-event", name, _described(what))
 
         return tell
+
+
+MAX_AHEAD = 256 * 1024
+"""Characters that a bot may be ahead of who reads its stream; then it waits."""
+
+
+class _Emitted:
+    """The chunks of a bot that nobody has taken yet."""
+
+    def __init__(self) -> None:
+        self.chunks: list[str] = []
+        self._size = 0
+        self._come = asyncio.Event()
+        self._room = asyncio.Event()
+
+    async def put(self, text: str) -> None:
+        self.chunks.append(text)
+        self._size += len(text)
+        self._come.set()
+        while self._size > MAX_AHEAD:
+            self._room.clear()
+            await self._room.wait()
+
+    def take(self) -> list[str]:
+        chunks, self.chunks, self._size = self.chunks, [], 0
+        self._room.set()
+        return chunks
+
+    async def wait(self) -> None:
+        """Until there are chunks, or `wake` was called."""
+        await self._come.wait()
+        self._come.clear()
+
+    def wake(self, task: object = None) -> None:
+        self._come.set()
 
 
 MODEL_OPTIONS = ("system", "model", "temperature", "max_tokens", "history_tokens", "summarise", "tools")
@@ -278,9 +345,15 @@ def _inbound(conversation: str, text: str, id: str, extra: str) -> InboundMessag
 
 def _answer(status: int, headers: str, body: str, extra: str) -> Answer:
     data: str | bytes = body
+    if not 200 <= status <= 599:
+        raise GuestFault(f"an answer's status is {status}; there are 200 to 599")
+    named = _converted(_decoded(headers, "an answer's headers"), dict[str, str], "its headers")
+    for name, value in named.items():
+        if not name or not (name + value).isprintable():
+            raise GuestFault(f"an answer's header {name[:50]!r} has what a header can't have")
     if _decoded(extra, "an answer's extra").get("base64"):
         try:
             data = base64.b64decode(body, validate=True)
         except binascii.Error as exc:
             raise GuestFault(f"an answer's body is not base64: {exc}") from None
-    return Answer(status, data, _converted(_decoded(headers, "an answer's headers"), dict[str, str], "its headers"))
+    return Answer(status, data, named)

@@ -63,7 +63,7 @@ def log(instance: Instance, level: str, event: str, fields: str) -> None:
     if fields:
         try:
             found = msgspec.json.decode(fields[:MAX_LOG_CHARS])
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             found = {"fields": fields[:MAX_LOG_CHARS]}
     named = (
         {f"guest_{key}" if key in _TAKEN else key: value for key, value in found.items()}
@@ -92,7 +92,7 @@ def time_left(instance: Instance) -> int:
 
 def emit(instance: Instance, text: str) -> Any:
     call = instance.call
-    if call is None or call.name != "bot.respond":
+    if call is None or call.emit is None:
         return failure("invalid", "emit works while a bot responds")
     return instance.ask("emit", text) if text else FINE
 
