@@ -256,4 +256,6 @@ def _where(exc: CallFailed, generation: Generation) -> tuple[str | None, int | N
     if cause is None:
         return next(iter(generation.bundle.paths), None), None
     _, file, line = blame(cause, generation)
+    if file is None and generation.bundle.component is not None:
+        file = next(iter(generation.bundle.paths))
     return file, line

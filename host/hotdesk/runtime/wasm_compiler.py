@@ -18,6 +18,9 @@ from .wasm_cache import CodeCache
 
 __all__ = ["Compiler"]
 
+GONE_S = 1.0
+"""How long a process that has closed its output may take to end."""
+
 IDLE_S = 120.0
 """How long the process waits for another component before it goes; starting one takes a tenth of a second."""
 
@@ -25,11 +28,12 @@ IDLE_S = 120.0
 class Compiler:
     """Compiles one component at a time. The process is started when it is first needed."""
 
-    def __init__(self, cache: CodeCache, *, key: str, max_mb: int, timeout_s: float) -> None:
+    def __init__(self, cache: CodeCache, *, key: str, max_mb: int, timeout_s: float, niceness: int) -> None:
         self._cache = cache
         self._key = key
         self._max_mb = max_mb
         self._timeout_s = timeout_s
+        self._niceness = niceness
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
@@ -61,7 +65,7 @@ class Compiler:
                     plugin, "compile", f"compiling it took over {self._timeout_s:g} s (`wasm_compile_timeout_s`)"
                 ) from None
             except (EOFError, ConnectionError, msgspec.DecodeError):
-                code = await self._end()
+                code = await self._end(by_itself=True)
                 problem = f"compiling it ended the compiler ({_ended(code)}): it may take over {self._max_mb} MB"
                 raise LoadFailed(plugin, "compile", f"{problem} (`wasm_compile_mb`)") from None
             except asyncio.CancelledError:
@@ -102,6 +106,7 @@ class Compiler:
                 "-m",
                 "hotdesk.runtime.wit_compile",
                 str(self._max_mb),
+                str(self._niceness),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
@@ -118,10 +123,14 @@ class Compiler:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def _end(self) -> int | None:
+    async def _end(self, *, by_itself: bool = False) -> int | None:
         process, self._process = self._process, None
         if process is None:
             return None
+        if by_itself:  # it is gone, or about to be; to kill it now would lose how it ended
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GONE_S):
+                    await process.wait()
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         code = await process.wait()

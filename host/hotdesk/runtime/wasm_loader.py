@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["WasmLoader"]
 
 
-SMALL = 300 * 1024
+SMALL = 48 * 1024
 """Bytes of a component that is compiled thoroughly in less time than anybody waits for."""
+
+AWAITED_NICE, BACKGROUND_NICE = 5, 19
+"""How far behind the host's own work a compilation stands that a swap waits for, and one that nothing does."""
 
 
 class WasmLoader:
@@ -120,8 +123,14 @@ class WasmLoader:
             IMPORTED, memory_bytes=config.wasm_memory_mb * 1024 * 1024, output_bytes=config.wasm_output_bytes
         )
         compiler, optimiser = (
-            Compiler(cache, key=machine.key, max_mb=config.wasm_compile_mb, timeout_s=config.wasm_compile_timeout_s)
-            for _ in range(2)
+            Compiler(
+                cache,
+                key=machine.key,
+                max_mb=config.wasm_compile_mb,
+                timeout_s=config.wasm_compile_timeout_s,
+                niceness=niceness,
+            )
+            for niceness in (AWAITED_NICE, BACKGROUND_NICE)
         )
         return machine, compiler, optimiser
 

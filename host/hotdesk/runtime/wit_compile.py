@@ -1,8 +1,8 @@
-"""Compiles components, in a process of its own: `python -m hotdesk.runtime.wit_compile MEGABYTES`.
+"""Compiles components, in a process of its own: `python -m hotdesk.runtime.wit_compile MEGABYTES NICENESS`.
 
 A component can be made so that compiling it takes all memory, or for ever (huge or deeply nested functions). Here that
 ends this process, by its limits or by whoever waits for it, and the host goes on. It also keeps the work off the
-host's interpreter, and behind it: its niceness is 10.
+host's interpreter.
 
 On standard input: a line of JSON `{"size", "target", "baseline"}`, then that many bytes. On standard output: a line,
 `{"error"}`, null when the native code is in the file *target*.
@@ -23,7 +23,7 @@ def main() -> None:
     limit = megabytes * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(10)
+    os.nice(int(sys.argv[2]))
     from wasmtime import WasmtimeError
     from wasmtime.component import Component
 

@@ -1,0 +1,263 @@
+"""Native code is the host's own: made by its compiler, kept in its folder, checked when it is read."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.wasm.components import NEXT, answering, component
+from tests.wasm.conftest import StartGuests
+from tests.wasm.test_bad_loads import phis
+
+from conftest import wait_until
+from hotdesk.errors import LoadFailed
+from hotdesk.runtime.wasm_cache import MAGIC, STALE_S, SUFFIX, CodeCache
+from hotdesk.runtime.wasm_compiler import Compiler
+
+SMALL = answering("from the cache")
+SLOW = component({"respond": phis(90_000) + NEXT})
+
+
+class Log:
+    """The lines that were logged."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def warning(self, event: str, **_: Any) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+def open_cache(root: Path, log: Any, max_bytes: int = 1 << 24) -> CodeCache:
+    cache = CodeCache(root, max_bytes, log)
+    cache.open()
+    return cache
+
+
+def keep(cache: CodeCache, key: str, native: bytes) -> bytes:
+    part = cache.new_file()
+    part.write_bytes(native)
+    return cache.keep(key, part)
+
+
+def test_what_was_kept_is_read_again(tmp_path: Path, log: Log) -> None:
+    """Also by the next host; and of the way there nothing is left."""
+    cache = open_cache(tmp_path / "c", log)
+    assert cache.read("k") is None
+    assert keep(cache, "k", b"native" * 1000) == b"native" * 1000
+    assert open_cache(tmp_path / "c", log).read("k") == b"native" * 1000
+    assert [path.name for path in cache.root.iterdir()] == [f"k{SUFFIX}"]
+    assert not log.events
+
+
+@pytest.mark.parametrize("at", [0, len(MAGIC), len(MAGIC) + 31, len(MAGIC) + 32, 500, -1])
+def test_a_damaged_entry_is_thrown_away(tmp_path: Path, log: Log, at: int) -> None:
+    """One bit anywhere, and it is compiled again: native code that is not as it was is never run."""
+    cache = open_cache(tmp_path, log)
+    keep(cache, "k", b"native" * 100)
+    path = tmp_path / f"k{SUFFIX}"
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 4
+    path.write_bytes(raw)
+    assert cache.read("k") is None
+    assert not path.exists()
+    assert log.events == ["native_code_damaged"]
+
+
+@pytest.mark.parametrize("size", [0, 5, len(MAGIC), len(MAGIC) + 20, len(MAGIC) + 32, len(MAGIC) + 100])
+def test_a_cut_off_entry_is_thrown_away(tmp_path: Path, log: Log, size: int) -> None:
+    """A disk that was full, a host that was killed: what is shorter than it was is not used."""
+    cache = open_cache(tmp_path, log)
+    keep(cache, "k", b"native" * 100)
+    path = tmp_path / f"k{SUFFIX}"
+    path.write_bytes(path.read_bytes()[:size])
+    assert cache.read("k") is None
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o722])
+def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, log: Log, mode: int) -> None:
+    """Who can write there can run anything: the host says so, and does not use it."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(PermissionError, match="chmod 700"):
+        open_cache(folder, log)
+
+
+async def test_a_host_with_such_a_folder_serves_its_other_plugins(start_guests: StartGuests, tmp_path: Path) -> None:
+    """Components are refused with the reason; Python goes on."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    source = "from hotdesk_sdk import hookimpl\n@hookimpl\nasync def respond(turn): return 'python'\n"
+    desk = await start_guests({"bot.wasm": SMALL, "py.py": source}, wasm_cache=str(folder))
+    assert await desk.reply() == "python"
+    assert "chmod 700" in (await desk.plugin("bot"))["error"]["message"]
+
+
+def test_a_new_folder_is_the_hosts_alone(tmp_path: Path, log: Log) -> None:
+    """Made with no rights for others, also in folders that are yet to be made."""
+    cache = open_cache(tmp_path / "a" / "b", log)
+    assert cache.root.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_folder_is_bounded(tmp_path: Path, log: Log) -> None:
+    """What was not used for longest goes first; reading is using; more than all of it is not kept at all."""
+    cache = open_cache(tmp_path, log, max_bytes=3500)
+    for number, key in enumerate("abc"):
+        keep(cache, key, bytes(1000))
+        os.utime(tmp_path / f"{key}{SUFFIX}", (number, number))
+    assert cache.read("a") == bytes(1000)
+    keep(cache, "d", bytes(1000))
+    assert {path.stem for path in tmp_path.iterdir()} == {"a", "c", "d"}
+    assert keep(cache, "huge", bytes(4000)) == bytes(4000)
+    assert cache.read("huge") is None
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3500
+
+
+def test_what_a_killed_host_left_is_cleared(tmp_path: Path, log: Log) -> None:
+    """Half-written files of long ago go at the next start; those of just now may be another host's."""
+    for name, age in (("old", 2 * STALE_S), ("new", 0.0)):
+        (tmp_path / f"{name}.part").write_bytes(b"half")
+        os.utime(tmp_path / f"{name}.part", (time.time() - age,) * 2)
+    open_cache(tmp_path, log)
+    assert [path.stem for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_full_disk_is_no_failure(tmp_path: Path, log: Log) -> None:
+    """Native code that can't be kept is used all the same, and the operator is told."""
+    cache = open_cache(tmp_path, log)
+    part = cache.new_file()
+    part.write_bytes(b"native")
+    (tmp_path / f"k{SUFFIX}").mkdir()  # nothing can be renamed over a folder
+    assert cache.keep("k", part) == b"native"
+    assert log.events == ["native_code_not_kept"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+# ---- the compiler ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def compiler(tmp_path: Path, log: Log) -> AsyncIterator[Compiler]:
+    made = Compiler(open_cache(tmp_path / "c", log), key="key", max_mb=1024, timeout_s=20.0, niceness=5)
+    yield made
+    await made.aclose()
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+async def test_the_key_has_all_that_native_code_depends_on(compiler: Compiler, tmp_path: Path, log: Log) -> None:
+    """Another component, or another build of wasmtime or processor: another entry."""
+    other = Compiler(open_cache(tmp_path / "c", log), key="another", max_mb=1024, timeout_s=20.0, niceness=5)
+    assert len({compiler.key_of("a"), compiler.key_of("b"), other.key_of("a"), other.key_of("b")}) == 4
+    await compiler.compile("p", SMALL, digest_of(SMALL))
+    assert await compiler.cached(digest_of(SMALL)) is not None
+    assert await other.cached(digest_of(SMALL)) is None
+    assert await compiler.cached(digest_of(b"other bytes")) is None
+    await other.aclose()
+
+
+async def test_code_that_was_made_in_a_hurry_is_not_kept(compiler: Compiler) -> None:
+    """The baseline compiler's code serves until the other's is there, and is never found in the cache."""
+    assert await compiler.compile("p", SMALL, digest_of(SMALL), baseline=True)
+    assert await compiler.cached(digest_of(SMALL)) is None
+
+
+async def test_a_compiler_that_is_killed_is_a_failed_compile(compiler: Compiler, tmp_path: Path) -> None:
+    """Killed in the middle: the reason is told, no half file is left, and the next component compiles."""
+    await compiler.compile("p", SMALL, digest_of(SMALL))  # it runs
+    compiling = asyncio.create_task(compiler.compile("p", SLOW, digest_of(SLOW)))
+    process = compiler._process
+    assert process is not None
+    await wait_until(lambda: compiler._lock.locked(), "it compiles")
+    await asyncio.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(LoadFailed, match="ended the compiler \\(signal 9\\)"):
+        await compiling
+    assert not list((tmp_path / "c").glob("*.part"))
+    assert await compiler.cached(digest_of(SLOW)) is None
+    other = answering("after the kill")
+    assert await compiler.compile("p", other, digest_of(other))
+
+
+async def test_a_compile_that_nobody_waits_for_ends(compiler: Compiler, tmp_path: Path) -> None:
+    """A cancelled compile ends its process at once: it does not use up a core for nothing."""
+    compiling = asyncio.create_task(compiler.compile("p", SLOW, digest_of(SLOW)))
+    await wait_until(lambda: compiler._process is not None, "it has begun")
+    process = compiler._process
+    assert process is not None
+    compiling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await compiling
+    assert process.returncode is not None
+    assert not list((tmp_path / "c").glob("*.part"))
+
+
+async def test_a_compiler_that_takes_too_long_is_ended(tmp_path: Path, log: Log) -> None:
+    """The limit is a setting, which the message names."""
+    compiler = Compiler(open_cache(tmp_path / "c", log), key="key", max_mb=1024, timeout_s=0.3, niceness=5)
+    started = time.monotonic()
+    with pytest.raises(LoadFailed, match="wasm_compile_timeout_s"):
+        await compiler.compile("p", SLOW, digest_of(SLOW))
+    assert time.monotonic() - started < 3
+    await compiler.aclose()
+    assert not list((tmp_path / "c").glob("*.part"))
+
+
+async def test_garbage_is_an_error_and_not_the_end_of_the_compiler(compiler: Compiler) -> None:
+    """What is no component is said in words, and the same process goes on."""
+    for data in (b"\0asm\x0d\0\x01\0\x07\x05hello", b"\0asm\x0d\0\x01\0" + bytes(100)):
+        with pytest.raises(LoadFailed) as failed:
+            await compiler.compile("p", data, digest_of(data))
+        assert failed.value.step == "compile"
+    process = compiler._process
+    assert await compiler.compile("p", SMALL, digest_of(SMALL))
+    assert compiler._process is process
+
+
+async def test_nothing_native_is_read_from_the_plugin_folder(start_guests: StartGuests, native_folder: Path) -> None:
+    """Native code beside a plugin, under any name that a cache might have, is never loaded."""
+    native = next((p for p in native_folder.glob(f"*{SUFFIX}")), None)
+    planted = native.read_bytes() if native is not None else MAGIC + bytes(100)
+    files: dict[str, Any] = {
+        f"bot/plugin{suffix}": planted for suffix in (SUFFIX, ".cwasm", ".wasm.native", ".so", ".compiled")
+    }
+    desk = await start_guests({"bot/plugin.wasm": SMALL, **files})
+    assert await desk.reply() == "from the cache"
+    desk.write("bot/plugin.wasm", planted)
+    failed = await desk.wait_event("plugin_failed", plugin="bot")
+    assert "it is not WebAssembly" in failed["message"]
+    elf = next(iter(native_folder.glob(f"*{SUFFIX}"))).read_bytes()[len(MAGIC) + 32 :]
+    desk.write("bot/plugin.wasm", elf)
+    await wait_until(lambda: sum(e["kind"] == "plugin_failed" for e in desk.events) == 2, "it is refused too")
+    assert await desk.reply() == "from the cache"
+
+
+async def test_a_damaged_cache_is_compiled_around(start_guests: StartGuests, tmp_path: Path) -> None:
+    """A host whose cache is damaged serves as if it were empty, and mends it."""
+    folder = tmp_path / "cache"
+    first = await start_guests({"bot.wasm": SMALL}, wasm_cache=str(folder))
+    assert await first.reply() == "from the cache"
+    [entry] = folder.glob(f"*{SUFFIX}")
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    second = await start_guests({"bot.wasm": SMALL}, wasm_cache=str(folder))
+    assert await second.reply() == "from the cache"
+    assert entry.read_bytes()[: len(MAGIC)] == MAGIC
+    assert len(entry.read_bytes()) == len(whole)
