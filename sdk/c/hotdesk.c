@@ -355,19 +355,19 @@ bool hd_words_set(hd_words *words, hd_text list) {
 
 hd_piece hd_mask(const hd_words *words, hd_text text, bool last) {
     const size_t *ends = (const size_t *)words->ends.text.at;
-    char *out = hd_alloc(text.len), *to = out;
-    for (size_t i = 0; i < text.len;) {
+    char *out = hd_alloc(text.len), *to = out, *shown = out;
+    size_t until = 0, cut = 0; /* where the words end that began so far; the last place that none of them spans */
+    for (size_t i = 0; i < text.len; i++) {
         hd_text rest = hd_skip(text, i);
-        size_t found = 0; /* the longest word that is here */
+        if (i >= until) cut = i, shown = to;
         for (size_t w = 0, from = 0; w < words->count; from = ends[w++]) {
             size_t len = ends[w] - from, same = in_common(rest, (hd_text){words->bytes.text.at + from, len});
-            if (same == len && len > found) found = len;
+            if (same == len && i + len > until) until = i + len;
             if (!last && same == rest.len && same < len) /* it may become this word */
-                return (hd_piece){{out, (size_t)(to - out)}, rest, HD("")};
+                return (hd_piece){{out, (size_t)(shown - out)}, hd_skip(text, cut), HD("")};
         }
-        if (!found) *to++ = text.at[i++];
-        for (; found; found--, i++)
-            if ((text.at[i] & 0xc0) != 0x80) *to++ = '*';
+        if (i >= until) *to++ = text.at[i];
+        else if ((text.at[i] & 0xc0) != 0x80) *to++ = '*';
     }
     return (hd_piece){{out, (size_t)(to - out)}, HD(""), HD("")};
 }

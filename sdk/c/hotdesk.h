@@ -117,7 +117,8 @@ typedef struct {
     hd_text text, held, error;
 } hd_piece;
 
-/* Masks the words, an asterisk a character. Holds back the tail that may become a word, unless it is the last. */
+/* Masks the words, overlapping ones too, an asterisk a character. Holds back the tail that may become a word, and a
+ * word that reaches into it, unless it is the last. */
 hd_piece hd_mask(const hd_words *words, hd_text text, bool last);
 
 typedef struct {

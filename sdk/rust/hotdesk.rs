@@ -91,31 +91,33 @@ impl Words {
         Ok(())
     }
 
-    /// The text with an asterisk for each character of a word, whatever the case of its ASCII letters; or none, if
-    /// there is nothing to mask.
+    /// The text with an asterisk for each character of a word, whatever the case of its ASCII letters and also where
+    /// words overlap; or none, if there is nothing to mask.
     pub fn mask(&self, text: &str) -> Option<String> {
         Some(self.mask_piece(text, true).text).filter(|masked| masked != text)
     }
 
-    /// The same for a piece of a stream, always: the tail that may become a word is held back, unless it is the last.
+    /// The same for a piece of a stream, always: the tail that may become a word is held back with a word that reaches
+    /// into it, unless it is the last.
     pub fn mask_piece(&self, text: &str, last: bool) -> Piece {
         let mut shown = String::with_capacity(text.len());
-        let mut rest = text;
+        let mut until = 0; // where the words end that began so far
+        let mut cut = (0, 0); // the last place that none of them spans, in what is shown and in the text
         let words = self.0.read().unwrap();
-        while let Some(first) = rest.chars().next() {
+        for (at, char) in text.char_indices() {
+            let rest = &text[at..];
+            if at >= until {
+                cut = (shown.len(), at);
+            }
             if !last && words.iter().any(|word| word.len() > rest.len() && begins(word, rest)) {
-                break;
+                shown.truncate(cut.0);
+                return Piece { text: shown, held: text[cut.1..].to_owned() };
             }
             let here = words.iter().filter(|word| begins(rest, word)).map(String::len).max().unwrap_or(0);
-            if here > 0 {
-                shown.extend(rest[..here].chars().map(|_| '*'));
-                rest = &rest[here..];
-            } else {
-                shown.push(first);
-                rest = &rest[first.len_utf8()..];
-            }
+            until = until.max(at + here);
+            shown.push(if at < until { '*' } else { char });
         }
-        Piece { text: shown, held: rest.to_owned() }
+        Piece { text: shown, held: String::new() }
     }
 }
 

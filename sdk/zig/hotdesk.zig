@@ -150,22 +150,27 @@ pub const Words = struct {
         words.list = kept;
     }
 
-    /// Masks them, an asterisk a character, whatever the case of ASCII letters. Holds back the tail that may become a
-    /// word, unless it is the last.
+    /// Masks them, overlapping ones too, an asterisk a character, whatever the case of ASCII letters. Holds back the
+    /// tail that may become a word, and a word that reaches into it, unless it is the last.
     pub fn mask(words: Words, text: Text, last: bool) Piece {
         var out = std.ArrayList(u8).initCapacity(allocator, text.len) catch @trap();
-        var i: usize = 0;
-        while (i < text.len) {
+        var until: usize = 0; // where the words end that began so far
+        var cut: usize = 0; // the last place that none of them spans
+        var shown: usize = 0; // what is out up to there
+        for (text, 0..) |byte, i| {
             const rest = text[i..];
-            var found: usize = 0; // the longest word that is here
+            if (i >= until) {
+                cut = i;
+                shown = out.items.len;
+            }
             for (words.list) |word| {
                 if (!last and word.len > rest.len and std.ascii.startsWithIgnoreCase(word, rest))
-                    return .{ .text = out.items, .held = rest };
-                if (std.ascii.startsWithIgnoreCase(rest, word)) found = @max(found, word.len);
+                    return .{ .text = out.items[0..shown], .held = text[cut..] };
+                if (std.ascii.startsWithIgnoreCase(rest, word)) until = @max(until, i + word.len);
             }
-            for (rest[0..found]) |byte| if (byte & 0xc0 != 0x80) out.appendAssumeCapacity('*');
-            if (found == 0) out.appendAssumeCapacity(rest[0]);
-            i += @max(found, 1);
+            if (i >= until) {
+                out.appendAssumeCapacity(byte);
+            } else if (byte & 0xc0 != 0x80) out.appendAssumeCapacity('*');
         }
         return .{ .text = out.items };
     }
