@@ -146,7 +146,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     wasm_output_bytes: Positive = 4 * 1024 * 1024
     wasm_cache: str = ""
     wasm_cache_mb: Positive = 1024
-    wasm_baseline: bool = False
+    wasm_baseline: bool = True
     wasm_compile_mb: Annotated[int, Meta(ge=256)] = 2048
     wasm_compile_timeout_s: Seconds = 60.0
     retention_days: NotNegative = 0

@@ -30,7 +30,7 @@ __all__ = ["WasmLoader"]
 SMALL = 48 * 1024
 """Bytes of a component that is compiled thoroughly in less time than anybody waits for."""
 
-AWAITED_NICE, BACKGROUND_NICE = 5, 19
+AWAITED_NICE, BACKGROUND_NICE = 0, 19
 """How far behind the host's own work a compilation stands that a swap waits for, and one that nothing does."""
 
 
