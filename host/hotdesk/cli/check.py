@@ -70,6 +70,7 @@ async def _check(path: Path) -> dict[str, Any]:
                 plugins=(str(desk),),
                 data=str(Path(folder, "data")),
                 wasm_cache=_code_cache(),
+                wasm_baseline=False,
                 watch="frozen",
                 plugin_settings=settings,
             )
