@@ -14,7 +14,7 @@ from wasmtime.component import Component
 
 from hotdesk.runtime.wasm import Code, Instance, Machine
 from hotdesk.runtime.wasm_calls import FAILED, OPERATION, STOP, GuestCall
-from hotdesk.runtime.wasm_imports import LogBudget
+from hotdesk.runtime.wasm_imports import LOG_BURST, LOG_RATE, Budget
 from hotdesk.runtime.wit_inspect import inspect_component
 
 __all__ = ["TURN", "Alone", "Outcome", "alone", "code_of", "owner"]
@@ -46,7 +46,7 @@ def owner() -> Any:
     lines: list[str] = []
     log = SimpleNamespace(**{level: lambda event, **_: lines.append(event) for level in ("debug", "info", "warning")})
     log.error = log.info
-    return SimpleNamespace(log=log, lines=lines, log_budget=LogBudget(), config_text="{}")
+    return SimpleNamespace(log=log, lines=lines, log_budget=Budget(LOG_RATE, LOG_BURST), config_text="{}")
 
 
 def code_of(machine: Machine, data: bytes) -> Code:

@@ -231,11 +231,21 @@ class Intake:
         return Accepted(message.id, message.conversation, appended.seq, False, turn)
 
     async def say(
-        self, conversation: str, text: str, *, plugin: str, generation: int, metadata: dict[str, Any] | None
+        self,
+        conversation: str,
+        text: str,
+        *,
+        plugin: str,
+        generation: int,
+        metadata: dict[str, Any] | None,
+        channel: str | None = None,
     ) -> StoredReply:
-        """A reply outside a turn (`ctx.send`). Raises `LookupError` when nothing was ever said there."""
+        """A reply outside a turn (`ctx.send`). Raises `LookupError` when nothing was ever said there, and
+        `PermissionError` when the conversation is not of the *channel* that is given."""
         reply = StoredReply(new_id("r"), conversation, 0, None, text, plugin, generation, metadata or {}, time.time())
         record = await self._backend.record(conversation)
+        if channel is not None and record is not None and record.channel != channel:
+            raise PermissionError("send to a conversation of others")
         deliver = record is not None and self._background.delivers(record.channel)
         stored = await self._backend.post(reply, deliver=deliver)
         if stored is None or record is None:

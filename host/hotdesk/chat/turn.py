@@ -27,7 +27,7 @@ _encode = msgspec.json.Encoder().encode
 class ConversationView:
     """See `hotdesk_sdk.Conversation`. Made when a plugin first looks; dropped when the turn is run again."""
 
-    __slots__ = ("_closed", "_record", "_state", "assignee", "handed_over", "id", "locale", "tags")
+    __slots__ = ("_closed", "_record", "_state", "assignee", "handed_over", "id", "locale", "set_by_guests", "tags")
 
     def __init__(self, record: ConversationRecord) -> None:
         self._record = record
@@ -35,6 +35,9 @@ class ConversationView:
         self._closed = False
         self.handed_over = False
         """A human was asked for."""
+        self.set_by_guests = 0
+        """How many bytes components have put into the state in this turn."""
+
         self.id = record.id
         self.locale = record.locale
         self.assignee = record.assignee

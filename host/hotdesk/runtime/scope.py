@@ -26,7 +26,14 @@ class Sender(Protocol):
     """Says something in a conversation outside a turn; the chat room's."""
 
     async def __call__(
-        self, conversation: str, text: str, *, plugin: str, generation: int, metadata: dict[str, Any] | None
+        self,
+        conversation: str,
+        text: str,
+        *,
+        plugin: str,
+        generation: int,
+        metadata: dict[str, Any] | None,
+        channel: str | None = None,
     ) -> Any: ...
 
 
@@ -198,6 +205,21 @@ class Context:
     async def send(self, conversation: str, text: str, *, metadata: dict[str, Any] | None = None) -> Any:
         self._scope.serve("ctx.send")
         return await self._send(conversation, text, plugin=self.plugin, generation=self.generation, metadata=metadata)
+
+    async def send_for_guest(self, conversation: str, text: str, *, own: bool) -> Any:
+        """`send` for a sandbox: to the conversation at hand (*own*), or to one that the plugin's intake opened.
+
+        Raises `PermissionError` for any other.
+        """
+        self._scope.serve("send")
+        return await self._send(
+            conversation,
+            text,
+            plugin=self.plugin,
+            generation=self.generation,
+            metadata=None,
+            channel=None if own else self.plugin,
+        )
 
     def task(self, coro: Coroutine[Any, Any, Any], name: str | None = None) -> asyncio.Task[Any]:
         label = f"task {name or getattr(coro, '__name__', 'task')!r}"

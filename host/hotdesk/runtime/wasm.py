@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import ctypes
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from wasmtime.component import Component, ComponentInstanceType, Linker
 
 from ..errors import LoadFailed
 from .nearness import Nearness
-from .wasm_calls import DONE, FAILED, OPERATION, STOP, GuestCall, GuestFault, GuestTimeout
+from .wasm_calls import DONE, FAILED, OPERATION, STOP, GuestCall, GuestFault, GuestTimeout, Stopped
 from .wit_contract import EXPORTS, IMPORTS, PACKAGE, words
 from .wit_engine import TICK_S, build_key, new_engine
 from .wit_inspect import Inspected
@@ -66,10 +67,6 @@ _EpochFunction = ctypes.CFUNCTYPE(
 )
 _Finalizer = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _NO_FINALIZER = _Finalizer()
-
-
-class Stopped(Exception):
-    """The host ended a guest's call, from inside a host function."""
 
 
 class Ticker:
@@ -515,6 +512,7 @@ def _trap_in_words(text: str) -> str:
     """A trap's reason, and the innermost function of the guest that has a name."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = lines[-1] if lines else "it trapped"
+    reason = re.sub(r"^\d+: ", "", reason)
     reason = reason.removeprefix("wasm trap: ").removeprefix("hotdesk: ")
     for line in lines:
         number, _, rest = line.partition(":")

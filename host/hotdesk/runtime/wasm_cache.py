@@ -40,7 +40,7 @@ class CodeCache:
         found = self.root.stat()
         if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(
-                f"{self.root} can be written by others than this host's user, who could then run anything: chmod 700 it"
+                f"{self.root} can be written by others than this host's user, who could then run anything: delete it"
             )
         for path in self.root.glob("*.part"):  # another host may be writing one just now
             with contextlib.suppress(OSError):
@@ -49,13 +49,20 @@ class CodeCache:
 
     def new_file(self) -> Path:
         """Where to write what is then given to `keep`."""
+        with contextlib.suppress(OSError):  # somebody may have cleaned up
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         return self.root / f"{secrets.token_hex(8)}.part"
 
     def read(self, key: str) -> bytes | None:
         """The native code kept as *key*, if it is there and as it was. What is not is thrown away."""
         path = self.root / f"{key}{SUFFIX}"
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    self._log.warning("native_code_not_ours", file=str(path), remedy="delete it: others can write it")
+                    return None
+                data = file.read()
         except OSError:
             return None
         head = len(MAGIC) + 32

@@ -17,6 +17,10 @@ STOP = object()
 """Answered to a guest that waits for the host when nobody waits for it any more."""
 
 
+class Stopped(Exception):
+    """The host ended a guest's call, from inside a host function."""
+
+
 class GuestFault(Exception):
     """A guest trapped, or gave what the contract or a limit does not allow. The instance is thrown away."""
 
@@ -105,6 +109,7 @@ class GuestCall:
         try:
             while not self._said.acquire(blocking=False):
                 await waiter
+                waiter = self._waiter = self._loop.create_future()  # it may have been woken for what was taken before
         finally:
             self._waiter = None
         return self._message

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ import msgspec
 from ..errors import LoadFailed
 from .guards import host_task
 from .wasm_cache import CodeCache
+from .wit_compile import UNKEPT
 
 __all__ = ["Compiler"]
 
 GONE_S = 1.0
 """How long a process that has closed its output may take to end."""
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where native code goes when the cache's disk is full."""
 
 IDLE_S = 120.0
 """How long the process waits for another component before it goes; starting one takes a tenth of a second."""
@@ -52,30 +57,10 @@ class Compiler:
 
         *baseline* compiles in half the time, to slower code, which is not kept.
         """
-        target = self._cache.new_file()
-        async with self._lock:
-            if self._idle is not None:
-                self._idle.cancel()
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    answer = await self._ask(data, target, baseline)
-            except TimeoutError:
-                await self._end()
-                raise LoadFailed(
-                    plugin, "compile", f"compiling it took over {self._timeout_s:g} s (`wasm_compile_timeout_s`)"
-                ) from None
-            except (EOFError, ConnectionError, msgspec.DecodeError):
-                code = await self._end(by_itself=True)
-                problem = f"compiling it ended the compiler ({_ended(code)}): it may take over {self._max_mb} MB"
-                raise LoadFailed(plugin, "compile", f"{problem} (`wasm_compile_mb`)") from None
-            except asyncio.CancelledError:
-                await self._end()
-                raise
-            finally:
-                if self._process is None:
-                    target.unlink(missing_ok=True)
-                else:
-                    self._idle = asyncio.get_running_loop().call_later(IDLE_S, self._let_go)
+        target, answer = await self._compiled(plugin, data, baseline, self._cache.new_file())
+        if answer is not None and answer.startswith(UNKEPT) and SHARED_MEMORY.is_dir():  # a full disk
+            spare = SHARED_MEMORY / f"hotdesk-{secrets.token_hex(16)}"
+            target, answer = await self._compiled(plugin, data, baseline, spare)
         if answer is not None:
             target.unlink(missing_ok=True)
             raise LoadFailed(plugin, "compile", _short(answer))
@@ -85,6 +70,43 @@ class Compiler:
             return await asyncio.to_thread(self._cache.keep, self.key_of(digest), target)
         except OSError as exc:
             raise LoadFailed(plugin, "compile", f"its native code can't be read back: {exc.strerror}") from exc
+
+    async def _compiled(self, plugin: str, data: bytes, baseline: bool, target: Path) -> tuple[Path, str | None]:
+        """Have the process compile *data* to *target*; what it says of an error."""
+        async with self._lock:
+            if self._idle is not None:
+                self._idle.cancel()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    waited = self._process
+                    try:
+                        return target, await self._ask(data, target, baseline)
+                    except (EOFError, ConnectionError):
+                        if waited is None or self._process is None or self._process.returncode is None:
+                            raise
+                        await self._end()  # it was gone before it was asked: a new one is
+                        return target, await self._ask(data, target, baseline)
+            except TimeoutError:
+                await self._end()
+                raise LoadFailed(
+                    plugin, "compile", f"compiling it took over {self._timeout_s:g} s (`wasm_compile_timeout_s`)"
+                ) from None
+            except (EOFError, ConnectionError, ValueError):  # also a line that is too long, and what is no JSON
+                code = await self._end(by_itself=True)
+                problem = f"compiling it ended the compiler ({_ended(code)}): it may take over {self._max_mb} MB"
+                raise LoadFailed(plugin, "compile", f"{problem} (`wasm_compile_mb`)") from None
+            except OSError as exc:
+                await self._end()
+                problem = f"the process that compiles can't be started: {exc.strerror or exc}"
+                raise LoadFailed(plugin, "compile", problem) from exc
+            except asyncio.CancelledError:
+                await self._end()
+                raise
+            finally:
+                if self._process is None:
+                    target.unlink(missing_ok=True)
+                else:
+                    self._idle = asyncio.get_running_loop().call_later(IDLE_S, self._let_go)
 
     async def _ask(self, data: bytes, target: Path, baseline: bool) -> str | None:
         if self._process is None or self._process.returncode is not None:
@@ -103,6 +125,7 @@ class Compiler:
         self._process = await host_task(
             asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",
                 "-m",
                 "hotdesk.runtime.wit_compile",
                 str(self._max_mb),
@@ -110,7 +133,7 @@ class Compiler:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                env=_environment(),
             )
         )
         assert self._process is not None
@@ -119,12 +142,14 @@ class Compiler:
 
     def _let_go(self) -> None:
         self._idle = None
-        task = host_task(self._end())
+        process, self._process = self._process, None  # now: a compilation that begins next must not be given it
+        task = host_task(self._end(process))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def _end(self, *, by_itself: bool = False) -> int | None:
-        process, self._process = self._process, None
+    async def _end(self, process: asyncio.subprocess.Process | None = None, *, by_itself: bool = False) -> int | None:
+        if process is None:
+            process, self._process = self._process, None
         if process is None:
             return None
         if by_itself:  # it is gone, or about to be; to kill it now would lose how it ended
@@ -145,6 +170,12 @@ class Compiler:
             self._idle.cancel()
         await self._end()
         await asyncio.gather(*self._closing, return_exceptions=True)
+
+
+def _environment() -> dict[str, str]:
+    """What the process that compiles is told: nothing that is secret."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV") if name in os.environ}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def _take_file(path: Path) -> bytes:

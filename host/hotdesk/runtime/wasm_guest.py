@@ -20,7 +20,7 @@ from .capabilities import MAX_VALUE_BYTES
 from .scope import Context
 from .wasm import Code, Instance, Machine
 from .wasm_calls import DONE, FAILED, STOP, GuestCall, GuestError, GuestFault
-from .wasm_imports import LogBudget, failure
+from .wasm_imports import LOG_BURST, LOG_RATE, Budget, decoded, failure
 
 __all__ = ["Guest"]
 
@@ -31,6 +31,11 @@ FAR = 3600.0
 """The deadline of a call that has none of its own, in seconds."""
 
 HTTP_S = 10.0
+COMPLETE_OPTIONS = ("messages", "model", "temperature", "max_tokens", "tools")
+NOT_FOR_GUESTS = frozenset(
+    ["host", "connection", "keep-alive", "upgrade", "transfer-encoding", "content-length", "te", "trailer", "expect"]
+)
+"""Headers by which a request could become another than the one that was granted."""
 
 QUICK_S = 0.0005
 """A function whose calls are done by then is waited for: such a call costs half, for it needs no future and no wake-up
@@ -54,7 +59,9 @@ class Guest:
     def __init__(self, machine: Machine, code: Code, generation: Generation, ctx: Context, *, most: int) -> None:
         self.code = code
         self.log = ctx.log
-        self.log_budget = LogBudget()
+        self.log_budget = Budget(LOG_RATE, LOG_BURST)
+        self._send_budget = Budget(5.0, 50.0)
+        self._kv_budget = Budget(256 * 1024.0, 4 * 1024 * 1024.0)
         self.config_text = msgspec.json.encode(ctx.config).decode()
         self._machine = machine
         self._generation = generation
@@ -141,7 +148,7 @@ class Guest:
         """
         if self._closed:
             return
-        self.code = code
+        before, self.code = self.code, code
         if not self.keeps_state:
             idle, self._idle = self._idle, []
             for instance in idle:
@@ -154,6 +161,7 @@ class Guest:
                 self._state = state, self._generation.manifest.version
             new = await self._start()
         except BaseException:
+            self.code = before
             self._give_back(old)
             raise
         self._retire(old)
@@ -268,7 +276,7 @@ class Guest:
         """Have *instance* make one call, and do on the loop what it asks for meanwhile."""
         clock = CLOCK.get()
         call = GuestCall(self._loop, name, arguments, _deadline(clock), turn, emit)
-        quick, nearness = self._quick, instance.nearness
+        quick, nearness, held = self._quick, instance.nearness, time.monotonic()
         if nearness is not None:
             nearness.leave() if quick.get(name) else nearness.stay()
         instance.submit(call)
@@ -298,6 +306,9 @@ class Guest:
                         del said, value  # else the exception holds this frame, and this frame the exception
                 operation, given = value
                 instance.answer(await self._serve(call, operation, given))
+                if time.monotonic() - held > STILL_S:  # a guest that asks and asks must not keep the loop to itself
+                    await asyncio.sleep(0)
+                    held = time.monotonic()
         except BaseException:
             if not instance.dead:
                 call.cancelled = instance.doomed = True
@@ -314,11 +325,13 @@ class Guest:
             return True, await _OPERATIONS[operation](self, call, *given)
         except CapabilityDenied as exc:
             return failure("denied", exc.capability)
+        except PermissionError as exc:
+            return failure("denied", str(exc))
         except ScopeClosed as exc:
             return failure("unavailable", str(exc))
         except LlmError as exc:
             return failure("timeout" if exc.code == "llm_timeout" else "unavailable", exc.public)
-        except TooLarge as exc:
+        except (TooLarge, OverflowError) as exc:
             return failure("too-large", str(exc))
         except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as exc:
             return failure("invalid", describe(exc))
@@ -331,7 +344,10 @@ class Guest:
             return failure("other", "the host failed; its log says why")
 
     async def _complete(self, call: GuestCall, request: str) -> Any:
-        asked = msgspec.json.decode(request, type=dict[str, Any])
+        asked = decoded(request)
+        if not isinstance(asked, dict) or (unknown := asked.keys() - COMPLETE_OPTIONS):
+            which = f", not {min(unknown)}" if isinstance(asked, dict) else ""
+            return failure("invalid", f"a request is an object of {', '.join(COMPLETE_OPTIONS)}{which}")
         messages = asked.pop("messages", None)
         if not isinstance(messages, list):
             return failure("invalid", "messages is a list, as in the OpenAI chat protocol")
@@ -346,8 +362,12 @@ class Guest:
 
     async def _emit(self, call: GuestCall, text: str) -> None:
         assert call.emit is not None
-        await call.emit(text)
-        call.deadline = time.monotonic() + call.allowance  # as for Python, a chunk begins the time anew
+        call.resting = True  # a slow reader's time is not the guest's
+        try:
+            await call.emit(text)
+        finally:
+            call.deadline = time.monotonic() + call.allowance  # as for Python, a chunk begins the time anew
+            call.resting = False
 
     async def _history(self, call: GuestCall, limit: int) -> str:
         if call.turn is None:
@@ -355,8 +375,11 @@ class Guest:
         return msgspec.json.encode(await call.turn.history(min(limit, 1000))).decode()
 
     async def _send(self, call: GuestCall, conversation: str, text: str) -> str:
+        if not self._send_budget.take():
+            raise TooLarge("it sends more than 5 messages a second")
+        own = call.turn is not None and conversation == call.turn.message.conversation
         try:
-            return str((await self._ctx.send(conversation, text)).id)
+            return str((await self._ctx.send_for_guest(conversation, text, own=own)).id)
         except LookupError as exc:
             raise ValueError(str(exc)) from exc  # there is no such conversation
 
@@ -367,7 +390,9 @@ class Guest:
     async def _kv_set(self, call: GuestCall, key: str, value: str) -> None:
         if len(value) > MAX_VALUE_BYTES:
             raise TooLarge(f"a value has at most {MAX_VALUE_BYTES} bytes")
-        await self._ctx.kv.set(key, msgspec.json.decode(value))
+        if not self._kv_budget.take(len(key) + len(value.encode())):
+            raise TooLarge("it writes more than 256 KiB a second")
+        await self._ctx.kv.set(key, decoded(value))
 
     async def _kv_delete(self, call: GuestCall, key: str) -> None:
         await self._ctx.kv.delete(key)
@@ -378,6 +403,10 @@ class Guest:
     async def _fetch(self, call: GuestCall, method: str, url: str, headers: str, body: str) -> tuple[Any, ...]:
         left = max(0.05, min(HTTP_S, call.deadline - time.monotonic()))
         named = msgspec.json.decode(headers or "{}", type=dict[str, str])
+        if method.upper() == "CONNECT" or any(
+            name.strip().lower() in NOT_FOR_GUESTS or name.lower().startswith("proxy-") for name in named
+        ):
+            raise ValueError("CONNECT, and headers such as Host and Connection, are not for guests")
         try:
             found = await self._ctx.http_for_guests.request(method, url, headers=named, body=body or None, timeout=left)
         except aiohttp.ClientError as exc:
@@ -385,7 +414,8 @@ class Guest:
                 raise
             raise ConnectionError(describe(exc)) from exc  # it broke off, or does not speak HTTP
         text, extra = as_text(found.body)
-        return found.status, msgspec.json.encode(dict(found.headers)).decode(), text, extra
+        shown = {name: value.encode("utf-8", "replace").decode() for name, value in found.headers.items()}
+        return found.status, msgspec.json.encode(shown).decode(), text, extra
 
 
 class TooLarge(ValueError):

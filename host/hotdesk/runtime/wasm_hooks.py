@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from .active import BoundHook, Generation
 from .scope import Context
 from .wasm_calls import GuestFault
 from .wasm_guest import Guest, as_text
+from .wasm_imports import decoded
 
 __all__ = ["bind_guest"]
 
@@ -128,7 +130,7 @@ class _Hooks:
         It is done as soon as it can be, however slowly the stream is read; else a slow reader would hold its instance,
         and its own `chunks`, which the stream passes, would wait for it for ever.
         """
-        emitted = _Emitted()
+        emitted = _Emitted(waits=not self._has_chunks)
         call = self._guest.call("bot.respond", turn_record(turn), turn=turn, emit=emitted.put)
         task = asyncio.get_running_loop().create_task(call)
         task.add_done_callback(emitted.wake)
@@ -199,10 +201,9 @@ class _Hooks:
 
     async def intake(self, request: Request) -> Intake:
         body, extra = as_text(request.body)
-        query = "&".join(f"{name}={value}" for name, value in request.query.items())
         messages, answer = await self._guest.call(
             "intake.receive",
-            (request.method, request.path, query, _encode(dict(request.headers)).decode(), body, extra),
+            (request.method, request.path, request.query_string, _encode(dict(request.headers)).decode(), body, extra),
         )
         return Intake([_inbound(*one) for one in messages], _answer(*answer))
 
@@ -221,20 +222,27 @@ MAX_AHEAD = 256 * 1024
 """Characters that a bot may be ahead of who reads its stream; then it waits."""
 
 
+MAX_HELD = 1024 * 1024
+"""The same for a bot whose own `chunks` the stream passes: it can't wait, for they wait for its instance."""
+
+
 class _Emitted:
     """The chunks of a bot that nobody has taken yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits: bool) -> None:
+        self._waits = waits
         self.chunks: list[str] = []
         self._size = 0
         self._come = asyncio.Event()
         self._room = asyncio.Event()
 
     async def put(self, text: str) -> None:
+        if not self._waits and self._size + len(text) > MAX_HELD:
+            raise OverflowError(f"over {MAX_HELD} characters are waiting to be read")
         self.chunks.append(text)
         self._size += len(text)
         self._come.set()
-        while self._size > MAX_AHEAD:
+        while self._waits and self._size > MAX_AHEAD:
             self._room.clear()
             await self._room.wait()
 
@@ -251,6 +259,19 @@ class _Emitted:
     def wake(self, task: object = None) -> None:
         self._come.set()
 
+
+TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
+"""What HTTP takes for a name (RFC 9110, section 5.6.2)."""
+
+NOT_FOR_GUESTS = frozenset(
+    (
+        *("connection", "content-encoding", "content-length", "date", "keep-alive", "server", "set-cookie"),
+        *("te", "trailer", "transfer-encoding", "upgrade"),
+    )
+)
+"""Headers by which an answer could become two, or speak for the whole origin."""
+
+MAX_TAGS, MAX_TAG_CHARS = 32, 128
 
 MODEL_OPTIONS = ("system", "model", "temperature", "max_tokens", "history_tokens", "summarise", "tools")
 
@@ -298,7 +319,10 @@ def _json(text: str, what: str) -> Any:
 
 
 def _decoded(text: str, what: str) -> dict[str, Any]:
-    found = _json(text or "{}", what)
+    try:
+        found = decoded(text or "{}")
+    except (ValueError, RecursionError) as exc:
+        raise GuestFault(f"{what} is not JSON: {exc}") from None
     if not isinstance(found, dict):
         raise GuestFault(f"{what} is no JSON object")
     return found
@@ -330,7 +354,11 @@ def _reply(turn: Any, text: str, extra: str) -> Reply:
         return Reply(text)
     about = _converted(_decoded(extra, "a reply's extra"), _ReplyExtra, "a reply's extra")
     conversation = turn.conversation
-    conversation.tags += [tag for tag in about.tags if tag not in conversation.tags]
+    if about.tags:
+        if len(about.tags) > MAX_TAGS or any(len(tag) > MAX_TAG_CHARS for tag in about.tags):
+            raise GuestFault(f"a reply adds at most {MAX_TAGS} tags of {MAX_TAG_CHARS} characters")
+        known = dict.fromkeys(conversation.tags)
+        conversation.tags += [tag for tag in dict.fromkeys(about.tags) if tag not in known]
     if about.locale is not None:
         conversation.locale = about.locale
     if about.close:
@@ -349,8 +377,10 @@ def _answer(status: int, headers: str, body: str, extra: str) -> Answer:
         raise GuestFault(f"an answer's status is {status}; there are 200 to 599")
     named = _converted(_decoded(headers, "an answer's headers"), dict[str, str], "its headers")
     for name, value in named.items():
-        if not name or not (name + value).isprintable():
+        if not TOKEN.fullmatch(name) or not (value.isprintable() and value.isascii()):
             raise GuestFault(f"an answer's header {name[:50]!r} has what a header can't have")
+        if name.lower() in NOT_FOR_GUESTS:
+            raise GuestFault(f"an answer's header {name!r} is the host's to set")
     if _decoded(extra, "an answer's extra").get("base64"):
         try:
             data = base64.b64decode(body, validate=True)

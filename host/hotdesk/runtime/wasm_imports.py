@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from .wasm_calls import Stopped
+
 if TYPE_CHECKING:
     from .wasm import Instance
 
-__all__ = ["IMPORTED", "LogBudget", "failure"]
+__all__ = ["IMPORTED", "LOG_BURST", "LOG_RATE", "Budget", "decoded", "failure"]
 
 MAX_STATE_BYTES = 64 * 1024
 """Of one value of a conversation's state."""
 
+MAX_STATE_TOTAL = 256 * 1024
+"""What a conversation's state may have before a turn, and what components add to it in one."""
+
+MAX_DEPTH = 32
 MAX_KEY_CHARS = 512
 MAX_LOG_CHARS = 4096
 LOG_RATE, LOG_BURST = 20.0, 100.0
@@ -32,22 +38,24 @@ def failure(case: str, text: str) -> tuple[bool, Any]:
     return False, (case, text)
 
 
-class LogBudget:
-    """How many lines a generation may still log. A token bucket; says how many were left out when it has room again."""
+class Budget:
+    """How much of something a generation may still have: *burst* at once, and *rate* more each second."""
 
-    def __init__(self) -> None:
-        self._left = LOG_BURST
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate = rate
+        self._burst = self._left = burst
         self._at = time.monotonic()
         self.left_out = 0
+        """How often there was none left, since somebody set it to 0."""
 
-    def take(self) -> bool:
+    def take(self, amount: float = 1.0) -> bool:
         now = time.monotonic()
-        self._left = min(LOG_BURST, self._left + (now - self._at) * LOG_RATE)
+        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
         self._at = now
-        if self._left < 1:
+        if self._left < amount:
             self.left_out += 1
             return False
-        self._left -= 1
+        self._left -= amount
         return True
 
 
@@ -73,11 +81,11 @@ def log(instance: Instance, level: str, event: str, fields: str) -> None:
     turn = instance.call.turn if instance.call is not None else None
     if turn is not None:
         named |= {"conversation": turn.message.conversation, "message": turn.id}
-    getattr(owner.log, level)(event[:MAX_LOG_CHARS], **named)
+    getattr(owner.log, level)(_printable(event[:MAX_LOG_CHARS]), **{_printable(key): one for key, one in named.items()})
 
 
 _TAKEN = frozenset(
-    {"event", "level", "plugin", "generation", "conversation", "message", "timestamp", "exc_info", "stack_info"}
+    {"event", "self", "level", "plugin", "generation", "conversation", "message", "timestamp", "exc_info", "stack_info"}
 )
 
 
@@ -97,9 +105,35 @@ def emit(instance: Instance, text: str) -> Any:
     return instance.ask("emit", text) if text else FINE
 
 
+def _printable(text: str) -> str:
+    """*text* with what could forge a line, or move a terminal's cursor, written out."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def decoded(text: str) -> Any:
+    """JSON that is going to be kept. Raises `ValueError`, also for what nests too deeply for others to read."""
+    value = msgspec.json.decode(text)
+    if not _shallow(value, MAX_DEPTH):
+        raise ValueError(f"it nests deeper than {MAX_DEPTH}")
+    return value
+
+
+def _shallow(value: Any, depth: int) -> bool:
+    if isinstance(value, dict):
+        return depth > 0 and all(_shallow(item, depth - 1) for item in value.values())
+    if isinstance(value, list):
+        return depth > 0 and all(_shallow(item, depth - 1) for item in value)
+    return True
+
+
 def _state(instance: Instance) -> dict[str, Any] | None:
-    turn = instance.call.turn if instance.call is not None else None
-    return None if turn is None else turn.conversation.state
+    call = instance.call
+    if call is None or call.turn is None:
+        return None
+    if call.cancelled:
+        raise Stopped
+    state = call.turn.conversation.state
+    return state if isinstance(state, dict) else None
 
 
 _NO_TURN = failure("invalid", "there is no turn here, so no conversation")
@@ -121,12 +155,18 @@ def state_set(instance: Instance, key: str, value: str | None) -> Any:
     if value is None:
         state.pop(key, None)
         return FINE
-    if len(value) > MAX_STATE_BYTES:
+    size = len(value.encode()) + len(key)
+    if size > MAX_STATE_BYTES:
         return failure("too-large", f"a value of the state has at most {MAX_STATE_BYTES} bytes")
+    assert instance.call is not None
+    turn = instance.call.turn
+    if len(turn.record.state) + turn.conversation.set_by_guests + size > MAX_STATE_TOTAL:
+        return failure("too-large", f"a conversation's state has at most {MAX_STATE_TOTAL} bytes from components")
     try:
-        state[key] = msgspec.json.decode(value)
-    except (msgspec.DecodeError, RecursionError) as exc:
+        state[key] = decoded(value)
+    except (ValueError, RecursionError) as exc:
         return failure("invalid", f"the value is not JSON: {exc}")
+    turn.conversation.set_by_guests += size
     return FINE
 
 

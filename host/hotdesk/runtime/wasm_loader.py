@@ -92,7 +92,8 @@ class WasmLoader:
         try:
             native = await optimiser.compile(plugin, data, bundle.wasm_digest)
             code = await asyncio.to_thread(machine.load, plugin, native, bundle.component, file)
-            await guest.upgrade(code)
+            async with asyncio.timeout(self._config.setup_timeout_s):
+                await guest.upgrade(code)
         except Exception as exc:  # it goes on as it is, only slower
             self._log.warning("plugin_not_optimised", plugin=plugin, problem=describe(exc))
         else:

@@ -15,7 +15,9 @@ import os
 import resource
 import sys
 
-__all__ = ["main"]
+__all__ = ["UNKEPT", "main"]
+
+UNKEPT = "its native code can't be kept: "
 
 
 def main() -> None:
@@ -28,6 +30,7 @@ def main() -> None:
     from wasmtime.component import Component
 
     from hotdesk.runtime.wit_engine import new_engine
+    from hotdesk.runtime.wit_names import without_mangled_names
 
     engines = {False: new_engine()}
     source, out = sys.stdin.buffer, sys.stdout
@@ -40,14 +43,14 @@ def main() -> None:
             baseline = task["baseline"]
             if baseline not in engines:
                 engines[baseline] = new_engine(baseline=True)
-            native = Component(engines[baseline], data).serialize()
+            native = Component(engines[baseline], without_mangled_names(data)).serialize()
             _write(task["target"], native)
-        except (WasmtimeError, RuntimeError) as exc:
-            error = str(exc)
+        except (WasmtimeError, RuntimeError, ValueError, RecursionError) as exc:
+            error = str(exc)[:2000]  # names in it are the component's, and a line that is too long is not read
         except MemoryError:
             error = f"compiling it takes over {megabytes} MB"
         except OSError as exc:
-            error = f"its native code can't be kept: {exc.strerror}"
+            error = f"{UNKEPT}{exc.strerror}"
         print(json.dumps({"error": error}), file=out, flush=True)
 
 

@@ -18,6 +18,9 @@ TICK_S = 0.005
 MAX_STACK = 512 * 1024
 """Bytes of stack for a guest; a call deeper than that traps."""
 
+SHAPES_CODE = ("wit_engine.py", "wit_names.py", "wit_compile.py")
+"""The sources that decide what is made of a component."""
+
 SINGLE_PASS = 1
 """Cranelift's quick register allocator. The package has a name for neither allocator (bytecodealliance/wasmtime-py)."""
 
@@ -48,7 +51,7 @@ def new_engine(*, baseline: bool = False) -> wasmtime.Engine:
 
 def build_key() -> str:
     """What, beside the component itself, decides whether native code fits: wasmtime, its settings, the processor."""
-    settings = Path(__file__).read_bytes()
+    settings = b"".join(Path(__file__).with_name(name).read_bytes() for name in SHAPES_CODE)
     parts = [importlib.metadata.version("wasmtime").encode(), settings, platform.machine().encode(), _processor()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 

@@ -39,6 +39,7 @@ class Webhooks:
             dict(request.query),
             {name.lower(): value for name, value in request.headers.items()},
             await request.read(),
+            request.url.raw_query_string,
         )
         try:
             given = await self._background.call_plugin(plugin, "intake", hook_request)

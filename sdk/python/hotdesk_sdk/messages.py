@@ -128,13 +128,17 @@ class Intake(msgspec.Struct, frozen=True):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A webhook's HTTP request. `path` is what follows `/hooks/{plugin}`; `headers` has lower-case names."""
+    """A webhook's HTTP request. `path` is what follows `/hooks/{plugin}`; `headers` has lower-case names.
+
+    `query` has the last value of each name; `query_string` is the query as it was sent, which signatures cover.
+    """
 
     method: str
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
+    query_string: str = ""
 
     def text(self) -> str:
         """The body as UTF-8. Raises `UnicodeDecodeError` where it is not."""
