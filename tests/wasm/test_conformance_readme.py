@@ -62,7 +62,11 @@ def test_every_limit_is_the_hosts() -> None:
         f"{wasm_imports.MAX_LOG_CHARS:,} characters",
         f"{capabilities.MAX_KEY_CHARS} characters",
         f"{wasm_imports.MAX_STATE_BYTES // KIB} KiB",
+        f"{wasm_imports.MAX_STATE_TOTAL // KIB} KiB in all",
+        f"{wasm_imports.MAX_DEPTH}",
         f"{capabilities.MAX_VALUE_BYTES // MIB} MiB",
+        f"{wasm_guest.KV_RATE / KIB:g} KiB a second, {wasm_guest.KV_BURST / MIB:g} MiB at once",
+        f"{wasm_guest.SEND_RATE:g} a second, {wasm_guest.SEND_BURST:g} at once",
         f"{capabilities.MAX_FETCHED_BYTES // MIB} MiB in {wasm_guest.HTTP_S:g} s",
     ]
     assert wasm.MAX_MEMORIES == 4

@@ -51,7 +51,8 @@ def _plugins_at(path: Path) -> list[Path]:
         if path.name == "plugin.toml":
             return [path.parent]
         return [beside for kind in (".py", ".wasm") if (beside := path.with_suffix(kind)).exists()] or [path]
-    if path.is_dir() and not (path / "__init__.py").exists() and not (path / "plugin.wasm").exists():
+    parts = ("__init__.py", "plugin.wasm", "plugin.toml")
+    if path.is_dir() and not any((path / part).exists() for part in parts):
         return [source.path for found in find_sources(path).values() for source in found] or [path]
     return [path]
 
@@ -64,6 +65,9 @@ async def _check(path: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hotdesk-check-") as folder:
         desk = Path(folder, "plugins")
         desk.mkdir()
+        built = any((path / part).exists() for part in ("__init__.py", "plugin.wasm"))
+        if path.is_dir() and not built and (path / "Makefile").exists():
+            return found | {"error": f"there is no plugin.wasm yet: make -C {path}"}
         try:
             settings = _place(path, desk, {})
             config = Config(

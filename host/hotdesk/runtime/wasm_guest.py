@@ -31,6 +31,12 @@ FAR = 3600.0
 """The deadline of a call that has none of its own, in seconds."""
 
 HTTP_S = 10.0
+SEND_RATE, SEND_BURST = 5.0, 50.0
+"""Messages a second of one generation, outside its answers, and how many at once."""
+
+KV_RATE, KV_BURST = 256 * 1024.0, 4 * 1024 * 1024.0
+"""Bytes a second that one generation writes, and how many at once."""
+
 COMPLETE_OPTIONS = ("messages", "model", "temperature", "max_tokens", "tools")
 NOT_FOR_GUESTS = frozenset(
     ["host", "connection", "keep-alive", "upgrade", "transfer-encoding", "content-length", "te", "trailer", "expect"]
@@ -60,8 +66,8 @@ class Guest:
         self.code = code
         self.log = ctx.log
         self.log_budget = Budget(LOG_RATE, LOG_BURST)
-        self._send_budget = Budget(5.0, 50.0)
-        self._kv_budget = Budget(256 * 1024.0, 4 * 1024 * 1024.0)
+        self._send_budget = Budget(SEND_RATE, SEND_BURST)
+        self._kv_budget = Budget(KV_RATE, KV_BURST)
         self.config_text = msgspec.json.encode(ctx.config).decode()
         self._machine = machine
         self._generation = generation
@@ -376,7 +382,7 @@ class Guest:
 
     async def _send(self, call: GuestCall, conversation: str, text: str) -> str:
         if not self._send_budget.take():
-            raise TooLarge("it sends more than 5 messages a second")
+            raise TooLarge(f"it sends more than {SEND_RATE:g} messages a second")
         own = call.turn is not None and conversation == call.turn.message.conversation
         try:
             return str((await self._ctx.send_for_guest(conversation, text, own=own)).id)
@@ -391,7 +397,7 @@ class Guest:
         if len(value) > MAX_VALUE_BYTES:
             raise TooLarge(f"a value has at most {MAX_VALUE_BYTES} bytes")
         if not self._kv_budget.take(len(key) + len(value.encode())):
-            raise TooLarge("it writes more than 256 KiB a second")
+            raise TooLarge(f"it writes more than {KV_RATE / 1024:g} KiB a second")
         await self._ctx.kv.set(key, decoded(value))
 
     async def _kv_delete(self, call: GuestCall, key: str) -> None:
