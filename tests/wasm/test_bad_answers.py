@@ -412,3 +412,24 @@ async def test_a_trap_in_transform_cuts_the_stream(start_guests: StartGuests, bo
 
     await wait_until(counted, "the failure is counted")
     await wait_until(lambda: stores(desk) <= 1, "no Store is left over")
+
+
+async def test_what_fails_for_want_of_a_grant_is_nobodys_rollback(start_guests: StartGuests) -> None:
+    """A guest that gives up since it was refused something is not rolled back; the operator reads what to grant."""
+    refused = component(
+        {
+            "respond": f"(call $kv.get (i32.const {DATA}) (i32.const 1) (i32.const {BACK}))"
+            f" (i32.store8 (i32.const {RESULT}) (i32.const 1)) (i32.store (i32.const {RESULT + 4}) (i32.const {DATA}))"
+            f" (i32.store (i32.const {RESULT + 8}) (i32.const 1)) (i32.const {RESULT})"
+        },
+        imports={"kv": ("get",)},
+        data="k",
+    )
+    desk = await start_guests({"bot.wasm": giving({"bot.respond": (True, ("next", None))}), "bot.toml": ""})
+    (desk.folder / "bot.wasm").write_bytes(refused)
+    await desk.wait_event("plugin_swapped", plugin="bot")
+    await desk.say("hello")
+    shown = await desk.plugin("bot")
+    assert shown["generation"] == 2
+    assert "not asked for; in its manifest" in shown["last_failure"]["problem"]
+    assert shown["component"]["instances"] == 1

@@ -50,6 +50,7 @@ class GuestCall:
         "arguments",
         "cancelled",
         "deadline",
+        "denied",
         "emit",
         "name",
         "resting",
@@ -77,6 +78,9 @@ class GuestCall:
         self.cancelled = False
         self.emit = emit
         """Takes the chunks of a bot that streams, and may have it wait; None where nothing can be shown."""
+
+        self.denied: Exception | None = None
+        """The capability that it was refused, if any: for its failure is then the operator's to mend."""
 
         self.allowance = deadline - monotonic()
         self.resting = False

@@ -191,7 +191,8 @@ class Guest:
     ) -> Any:
         """Call the exported function; its result, unwrapped.
 
-        Raises `GuestError` (it said so), `GuestFault` (it trapped), `GuestTimeout`.
+        Raises `GuestError` (it said so), `GuestFault` (it trapped), `GuestTimeout`; and `CapabilityDenied` where it
+        said so after it was refused something.
         """
         instance = await self._take()
         try:
@@ -282,7 +283,7 @@ class Guest:
         """Have *instance* make one call, and do on the loop what it asks for meanwhile."""
         clock = CLOCK.get()
         call = GuestCall(self._loop, name, arguments, _deadline(clock), turn, emit)
-        quick, nearness, held = self._quick, instance.nearness, time.monotonic()
+        quick, nearness, held, done = self._quick, instance.nearness, time.monotonic(), False
         if nearness is not None:
             nearness.leave() if quick.get(name) else nearness.stay()
         instance.submit(call)
@@ -302,6 +303,9 @@ class Guest:
                     quick[name] = passes - 1
                 kind, value = said or await call.take()
                 if kind is DONE:
+                    done = True
+                    if call.denied is not None and type(value) is tuple and value[0] is False:
+                        raise call.denied
                     return value
                 if kind is FAILED:
                     instance.dead = True
@@ -316,7 +320,7 @@ class Guest:
                     await asyncio.sleep(0)
                     held = time.monotonic()
         except BaseException:
-            if not instance.dead:
+            if not instance.dead and not done:
                 call.cancelled = instance.doomed = True
                 instance.answer(STOP)
             raise
@@ -330,6 +334,7 @@ class Guest:
                 return await self._complete(call, given[0])
             return True, await _OPERATIONS[operation](self, call, *given)
         except CapabilityDenied as exc:
+            call.denied = exc.with_traceback(None)
             return failure("denied", exc.capability)
         except PermissionError as exc:
             return failure("denied", str(exc))
