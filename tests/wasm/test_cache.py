@@ -93,7 +93,7 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, log: Log, mod
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(mode)
-    with pytest.raises(PermissionError, match="chmod 700"):
+    with pytest.raises(PermissionError, match="delete it"):
         open_cache(folder, log)
 
 
@@ -105,7 +105,7 @@ async def test_a_host_with_such_a_folder_serves_its_other_plugins(start_guests: 
     source = "from hotdesk_sdk import hookimpl\n@hookimpl\nasync def respond(turn): return 'python'\n"
     desk = await start_guests({"bot.wasm": SMALL, "py.py": source}, wasm_cache=str(folder))
     assert await desk.reply() == "python"
-    assert "chmod 700" in (await desk.plugin("bot"))["error"]["message"]
+    assert "delete it" in (await desk.plugin("bot"))["error"]["message"]
 
 
 def test_a_new_folder_is_the_hosts_alone(tmp_path: Path, log: Log) -> None:
@@ -261,3 +261,57 @@ async def test_a_damaged_cache_is_compiled_around(start_guests: StartGuests, tmp
     assert await second.reply() == "from the cache"
     assert entry.read_bytes()[: len(MAGIC)] == MAGIC
     assert len(entry.read_bytes()) == len(whole)
+
+
+async def test_a_compiler_that_was_killed_while_it_waited_is_started_again(compiler: Compiler) -> None:
+    """The next component compiles, also when the host has not heard of the end yet."""
+    await compiler.compile("p", SMALL, digest_of(SMALL))
+    process = compiler._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    other = answering("after it was killed")
+    assert await compiler.compile("p", other, digest_of(other))
+    assert compiler._process is not process
+
+
+async def test_a_compiler_that_is_let_go_is_not_given_another_component(compiler: Compiler) -> None:
+    """Its time to wait is over in the moment that the next compilation begins: that one gets a process of its own."""
+    await compiler.compile("p", SMALL, digest_of(SMALL))
+    process = compiler._process
+    assert compiler._idle is not None
+    compiler._idle.cancel()
+    compiler._let_go()
+    other = answering("after it was let go")
+    assert await compiler.compile("p", other, digest_of(other))
+    assert compiler._process is not process
+
+
+async def test_the_compiler_knows_no_secret(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads what others wrote: its environment has what Python needs, and nothing of the host's."""
+    monkeypatch.setenv("HOTDESK_ADMIN_TOKEN", "a secret")
+    monkeypatch.setenv("SOME_API_KEY", "another secret")
+    await compiler.compile("p", SMALL, digest_of(SMALL))
+    assert compiler._process is not None
+    told = Path(f"/proc/{compiler._process.pid}/environ").read_bytes()
+    assert b"PATH=" in told
+    assert b"HOTDESK_" not in told
+    assert b"secret" not in told
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_an_entry_that_others_can_write_is_not_used(tmp_path: Path, log: Log, mode: int) -> None:
+    """Its hash is right, but whoever wrote it could have written that too."""
+    cache = open_cache(tmp_path, log)
+    keep(cache, "k", b"native" * 100)
+    (tmp_path / f"k{SUFFIX}").chmod(mode)
+    assert cache.read("k") is None
+    assert log.events == ["native_code_not_ours"]
+
+
+def test_an_entry_of_another_user_is_not_used(tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be in a folder that was open to others once."""
+    cache = open_cache(tmp_path, log)
+    keep(cache, "k", b"native" * 100)
+    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / f"k{SUFFIX}").stat().st_uid + 1)
+    assert cache.read("k") is None
+    assert log.events == ["native_code_not_ours"]

@@ -30,6 +30,10 @@ IDLE_S = 120.0
 """How long the process waits for another component before it goes; starting one takes a tenth of a second."""
 
 
+class NotTaken(EOFError):
+    """The process ended before it had the component, so not because of it."""
+
+
 class Compiler:
     """Compiles one component at a time. The process is started when it is first needed."""
 
@@ -81,8 +85,8 @@ class Compiler:
                     waited = self._process
                     try:
                         return target, await self._ask(data, target, baseline)
-                    except (EOFError, ConnectionError):
-                        if waited is None or self._process is None or self._process.returncode is None:
+                    except (NotTaken, ConnectionError):
+                        if waited is None:
                             raise
                         await self._end()  # it was gone before it was asked: a new one is
                         return target, await self._ask(data, target, baseline)
@@ -118,6 +122,8 @@ class Compiler:
         head = msgspec.json.encode({"size": len(data), "target": str(target), "baseline": baseline})
         process.stdin.write(head + b"\n" + data)
         await process.stdin.drain()
+        if not await process.stdout.readline():  # it says so before it compiles
+            raise NotTaken
         return _read_line(await process.stdout.readline()).get("error")
 
     async def _start(self) -> None:

@@ -4,8 +4,8 @@ A component can be made so that compiling it takes all memory, or for ever (huge
 ends this process, by its limits or by whoever waits for it, and the host goes on. It also keeps the work off the
 host's interpreter.
 
-On standard input: a line of JSON `{"size", "target", "baseline"}`, then that many bytes. On standard output: a line,
-`{"error"}`, null when the native code is in the file *target*.
+On standard input: a line of JSON `{"size", "target", "baseline"}`, then that many bytes. On standard output: a line
+`{"taken"}` when it has them, then a line `{"error"}`, null when the native code is in the file *target*.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main() -> None:
     while line := source.readline():
         task = json.loads(line)
         data = source.read(task["size"])
+        print(json.dumps({"taken": True}), file=out, flush=True)
         error = None
         try:
             baseline = task["baseline"]
