@@ -242,7 +242,7 @@ async def judged(name: str, value: Any, code: Any) -> None:
         case "tools.call-tool":
             await hooks._tool("t")()
         case "intake.receive":
-            request = SimpleNamespace(method="POST", path="", query={}, headers={}, body=b"")
+            request = SimpleNamespace(method="POST", path="", query={}, query_string="", headers={}, body=b"")
             await hooks.intake(request)  # type: ignore[arg-type]
         case "lifecycle.export-state":
             await hooks.export_state()
