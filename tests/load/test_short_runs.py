@@ -24,7 +24,7 @@ TIMES = ("ms", "s", "KiB", "MiB", "%", "turns/s", "µs", "times", "cores", "requ
         "tests.load.swaps",
         "tests.chaos.kill",
         "tests.load.leak",
-        pytest.param("tests.load.wasm_swaps", marks=pytest.mark.timeout(400)),  # it builds two examples first
+        "tests.load.wasm_swaps",
         "tests.load.wasm_leak",
     ],
 )
