@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,28 @@ from hotdesk.runtime.wasm import Machine
 from hotdesk.runtime.wasm_imports import IMPORTED
 
 __all__ = ["StartGuests"]
+
+ROOT = Path(__file__).parents[2]
+
+WANT_TOOLCHAINS = ("test_conformance.py", "test_scaffolds.py")
+
+_preparing: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Install the toolchains beside the tests that come first, where enough of those that want them are to run."""
+    wanting = sum(item.path.name in WANT_TOOLCHAINS for item in session.items)
+    if wanting > 100 and not session.config.option.collectonly:
+        command = [sys.executable, "-m", "tests.wasm.prepare"]
+        quiet = subprocess.DEVNULL
+        _preparing.append(subprocess.Popen(command, cwd=ROOT, stdin=quiet, stdout=quiet, stderr=quiet))
+
+
+def pytest_sessionfinish() -> None:
+    for process in _preparing:
+        process.kill()
+        process.wait()
+
 
 StartGuests = Callable[..., Awaitable[Desk]]
 
