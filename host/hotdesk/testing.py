@@ -89,6 +89,7 @@ class Desk:
                 plugins=(str(self.folder),),
                 data=str(folder / "data"),
                 wasm_cache=_native_code(),
+                wasm_baseline=False,  # compiled once, and kept for the desks that follow
                 plugin_settings=settings,
                 llm=LlmSettings(models=models),
             )

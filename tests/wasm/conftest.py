@@ -26,7 +26,7 @@ _preparing: list[subprocess.Popen[bytes]] = []
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Install the toolchains beside the tests that come first, where enough of those that want them are to run."""
     wanting = sum(item.path.name in WANT_TOOLCHAINS for item in session.items)
-    if wanting > 100 and not session.config.option.collectonly:
+    if wanting > 30 and not session.config.option.collectonly:
         command = [sys.executable, "-m", "tests.wasm.prepare"]
         quiet = subprocess.DEVNULL
         _preparing.append(subprocess.Popen(command, cwd=ROOT, stdin=quiet, stdout=quiet, stderr=quiet))
