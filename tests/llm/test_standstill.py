@@ -195,7 +195,11 @@ async def test_a_cut_reply_says_whose_it_is(cut: str, model_server: ModelServer,
 
 
 async def test_a_summary_goes_with_the_conversation_it_was_made_of(
-    tmp_path: Path, model_server: ModelServer, start_desk: StartDesk, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    model_server: ModelServer,
+    start_desk: StartDesk,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """What was purged is told to nobody who later writes in a conversation of the same name, not even in short."""
     monkeypatch.setattr(app, "PURGE_EVERY_S", 0.05)  # an hour; how often it looks is not what is tested
@@ -236,8 +240,13 @@ async def test_a_summary_goes_with_the_conversation_it_was_made_of(
         return await desk.host.backend.record("c") is None
 
     await wait_until(purged, "the conversation is purged")
-    await wait_until(lambda: "c" not in desk.host.intake._recent._windows, "it is forgotten")
-    await asyncio.sleep(0.1)  # two more looks: what was made of it is forgotten too, of which nobody tells either
+    lines: list[str] = []
+
+    def is_told() -> bool:  # on disk it is gone a little before it is forgotten
+        lines.append("".join(capfd.readouterr()))
+        return "conversations_purged" in "".join(lines)
+
+    await wait_until(is_told, "it is forgotten")
     for n in range(2):
         await desk.say(f"new {n}")
     assert secrets() == 0
