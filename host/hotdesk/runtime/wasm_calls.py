@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
 
-__all__ = ["DONE", "FAILED", "OPERATION", "STOP", "GuestCall", "GuestError", "GuestFault", "GuestTimeout"]
+__all__ = ["DONE", "FAILED", "OPERATION", "STOP", "GuestCall", "GuestError", "GuestFault", "GuestTimeout", "Stopped"]
 
 DONE, FAILED, OPERATION = "done", "failed", "operation"
 """What the guest's thread tells: a result, an exception, or what it wants done on the loop."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -154,13 +155,14 @@ class Guest:
         """
         if self._closed:
             return
-        before, self.code = self.code, code
         if not self.keeps_state:
+            self.code = code
             idle, self._idle = self._idle, []
             for instance in idle:
                 self._retire(instance)
             return
         old = await self._take()
+        before, self.code = self.code, code  # not earlier: one that is given back on other code is thrown away
         try:
             state = await self._made(old, "lifecycle.export-state")
             if state is not None:
@@ -449,8 +451,6 @@ _OPERATIONS: dict[str, Any] = {
 
 def as_text(body: bytes) -> tuple[str, str]:
     """A body as the contract has it: text, or base64 with a note in `extra`."""
-    import base64
-
     try:
         return body.decode(), ""
     except UnicodeDecodeError:
