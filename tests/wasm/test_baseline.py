@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from tests.wasm.alone import code_of
 from tests.wasm.built import built
-from tests.wasm.components import answering
+from tests.wasm.components import DATA, RESULT, ZERO, answering, component, text
 from tests.wasm.conftest import StartGuests
 from tests.wasm.toolchains import Unavailable
 
 from conftest import Desk, wait_until
+from hotdesk.runtime.wasm_loader import BACKGROUND_NICE
 
 
 def padded(component: bytes) -> bytes:
@@ -91,11 +93,57 @@ async def test_without_it_the_thorough_one_serves_at_once(start_guests: StartGue
     assert await desk.reply("hi") == "hello"
 
 
-async def test_a_compilation_that_fails_later_changes_nothing(start_guests: StartGuests, tmp_path: Path) -> None:
-    """It goes on as it is, only slower."""
-    data = padded(answering("hello"))
-    native = tmp_path / "native"
-    desk = await start_guests({"bot.wasm": data}, wasm_cache=str(native))
-    shutil.rmtree(native, ignore_errors=True)  # so that the second one has nowhere to write to, if it is not done yet
-    for _ in range(20):
-        assert await desk.reply("hi") == "hello"
+COUNTS = component(
+    {
+        "respond": f"(i32.store8 (i32.const {DATA}) (i32.add (i32.load8_u (i32.const {DATA})) (i32.const 1)))"
+        " (if (i32.eq (i32.load8_u (local.get 4)) (i32.const 33)) (then (local.set $n (i32.const 300000000))"
+        " (loop (br_if 0 (local.tee $n (i32.sub (local.get $n) (i32.const 1)))))))"
+        f" {text('answer', DATA, 1)}",
+        "export-state": f"(i32.store8 (i32.const {RESULT}) (i32.const 1))"
+        f" (i32.store (i32.const {RESULT + 4}) (i32.const {DATA})) (i32.store (i32.const {RESULT + 8}) (i32.const 1))"
+        f" (i32.const {RESULT})",
+        "import-state": f"(i32.store8 (i32.const {DATA}) (i32.load8_u (local.get 0))) {ZERO}",
+    },
+    data="0",
+)
+"""Says how many turns it has answered; takes its time for one that begins with an exclamation mark."""
+
+
+async def test_a_call_under_way_keeps_what_it_changed(start_guests: StartGuests) -> None:
+    """An upgrade that comes while the only instance answers waits for it, and takes over the state as it is then."""
+    desk = await start_guests({"bot.wasm": COUNTS})
+    guest = guest_of(desk, "bot")
+    again = code_of(guest._machine, COUNTS)
+    assert await desk.reply("a") == "1"
+    slow = asyncio.create_task(desk.reply("!"))
+    await wait_until(lambda: any(one.call is not None for one in guest._instances), "it answers")
+    await guest.upgrade(again)
+    assert await slow == "2"
+    assert guest.code is again
+    assert await desk.reply("a") == "3"
+
+
+async def test_a_compilation_that_fails_later_changes_nothing(
+    start_guests: StartGuests, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The process that compiles in the background is killed: what serves goes on as it is, only slower."""
+    desk = await start_guests({"first.wasm": answering("first")}, wasm_cache=str(tmp_path / "native"))
+    (desk.folder / "bot.wasm").write_bytes(padded(answering("hello")))
+
+    def is_killed() -> bool:
+        background = [one for one in psutil.Process().children() if one.nice() == BACKGROUND_NICE]
+        for one in background:
+            one.kill()
+        return bool(background)
+
+    await wait_until(is_killed, "the thorough compilation has begun")
+    lines: list[str] = []
+
+    def is_told() -> bool:
+        lines.append("".join(capfd.readouterr()))
+        return "plugin_not_optimised" in "".join(lines)
+
+    await wait_until(is_told, "its end is told")
+    (desk.folder / "first.wasm").unlink()
+    await desk.wait_event("plugin_unloaded", plugin="first")
+    assert await desk.reply("hi") == "hello"
