@@ -227,7 +227,6 @@ async def test_a_summary_goes_with_the_conversation_it_was_made_of(
         number += 1
         assert number < 20
         await desk.say(f"old {number} " + "word " * 20)
-        await asyncio.sleep(0.1)  # a summary is begun beside the turn's end, of which nobody tells
         await wait_until(lambda: model_server.open == 0, "no summary is in the making")
     assert secrets() == 0
     [journal] = (tmp_path / "data").glob("*.db")

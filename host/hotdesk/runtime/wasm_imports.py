@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from .shallow import MAX_DEPTH, is_shallow
 from .wasm_calls import Stopped
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ MAX_STATE_BYTES = 64 * 1024
 MAX_STATE_TOTAL = 256 * 1024
 """What a conversation's state may have before a turn, and what components add to it in one."""
 
-MAX_DEPTH = 32
 MAX_KEY_CHARS = 512
 MAX_LOG_CHARS = 4096
 LOG_RATE, LOG_BURST = 20.0, 100.0
@@ -113,17 +113,9 @@ def _printable(text: str) -> str:
 def decoded(text: str) -> Any:
     """JSON that is going to be kept. Raises `ValueError`, also for what nests too deeply for others to read."""
     value = msgspec.json.decode(text)
-    if not _shallow(value, MAX_DEPTH):
+    if not is_shallow(value):
         raise ValueError(f"it nests deeper than {MAX_DEPTH}")
     return value
-
-
-def _shallow(value: Any, depth: int) -> bool:
-    if isinstance(value, dict):
-        return depth > 0 and all(_shallow(item, depth - 1) for item in value.values())
-    if isinstance(value, list):
-        return depth > 0 and all(_shallow(item, depth - 1) for item in value)
-    return True
 
 
 def _state(instance: Instance) -> dict[str, Any] | None:

@@ -19,13 +19,12 @@ from ..chat.intake import NewMessage
 from ..errors import BackendUnavailable, DoorError, UnknownPlugin
 from ..logs import Logger
 from ..metrics import Metrics
+from ..runtime.shallow import MAX_DEPTH, is_shallow
 
 __all__ = ["SSE_HEADERS", "MessageBody", "Wire", "decode_message", "integer", "json_response", "seconds", "sse"]
 
 T = TypeVar("T")
 
-MAX_DEPTH = 32
-"""How deep `metadata` may nest: deeper is nobody's data, and every reader would have to follow."""
 
 JSON_HEADERS = {"Content-Type": "application/json"}
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -82,21 +81,13 @@ def to_message(body: MessageBody, conversation: str, max_text_bytes: int) -> New
     for index, attachment in enumerate(body.attachments):
         if (attachment.url is None) == (attachment.data is None):
             raise DoorError("bad_message", f"an attachment has either url or data - at `$.attachments[{index}]`")
-    if body.metadata and not _shallow(body.metadata, MAX_DEPTH):
+    if body.metadata and not is_shallow(body.metadata):
         raise DoorError("bad_message", f"metadata nests deeper than {MAX_DEPTH} - at `$.metadata`")
     sender = Sender(body.sender.id, body.sender.name) if body.sender.id or body.sender.name else NOBODY
     return NewMessage(conversation, body.text, body.id, sender, body.attachments, body.metadata, body.locale)
 
 
 NOBODY = Sender()
-
-
-def _shallow(value: Any, depth: int) -> bool:
-    if isinstance(value, dict):
-        return depth > 0 and all(_shallow(item, depth - 1) for item in value.values())
-    if isinstance(value, list):
-        return depth > 0 and all(_shallow(item, depth - 1) for item in value)
-    return True
 
 
 def conversation_of(name: str) -> str:
