@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
@@ -141,34 +141,49 @@ def _filled(template: bytes, name: str) -> bytes:
 
 def _tell_next_of_component(path: Path, name: str, kind: str, files: Mapping[Path, bytes]) -> None:
     source = next(str(file) for file in files if file.stem == "plugin" and file.suffix not in (".toml", ".wasm"))
-    shown = ((source, "the plugin"), ("plugin.toml", "what it says of itself"), ("README.md", "what to install, once"))
-    for file, what in (*shown, ("Makefile", "builds plugin.wasm")):
-        click.echo(f"{_good(path / file)}  {what}")
-    hello = {
-        "bot": f"echo {name} | hotdesk chat",
-        "middleware": "echo anything | hotdesk chat",
-        "intake": f"curl http://127.0.0.1:8080/hooks/{name} "
-        """-d '{"conversation": "c", "text": "hello", "id": "1"}'""",
-    }[kind]
-    click.echo(
-        f"\nNext:\n  make -C {path}\n  hotdesk check {path}\n  {hello}\n\n"
-        "A host that watches the folder serves plugin.wasm as soon as it is built, and again after each `make`."
+    _tell(
+        path,
+        {
+            source: "the plugin",
+            "plugin.toml": "what it says of itself",
+            "README.md": "what to install, once",
+            "Makefile": "builds plugin.wasm",
+        },
+        [
+            f"make -C {path}",
+            f"hotdesk check {path}",
+            _hello(name, kind, '{"conversation": "c", "text": "hello", "id": "1"}'),
+        ],
+        "A host that watches the folder serves plugin.wasm as soon as it is built, and again after each `make`.",
     )
 
 
 def _tell_next(path: Path, name: str, kind: str, test: str) -> None:
-    for file, what in (("__init__.py", "the plugin"), ("plugin.toml", "what it says of itself"), (test, "its test")):
+    _tell(
+        path,
+        {"__init__.py": "the plugin", "plugin.toml": "what it says of itself", test: "its test"},
+        [
+            f"hotdesk check {path}",
+            f"pytest {path}        (needs pip install pytest)",
+            _hello(name, kind, '{"id": "1", "sender": "ann", "text": "hello"}'),
+        ],
+        "A host that watches the folder serves it already; edit, save, and the new code answers.",
+    )
+
+
+def _tell(path: Path, files: Mapping[str, str], steps: Sequence[str], last: str) -> None:
+    for file, what in files.items():
         click.echo(f"{_good(path / file)}  {what}")
-    hello = {
+    click.echo("\nNext:\n" + "".join(f"  {step}\n" for step in steps) + f"\n{last}")
+
+
+def _hello(name: str, kind: str, webhook: str) -> str:
+    """The command that shows the plugin at work; *webhook* is what its intake takes."""
+    return {
         "bot": f"echo {name} | hotdesk chat",
         "middleware": "echo anything | hotdesk chat",
-        "intake": f"curl http://127.0.0.1:8080/hooks/{name} "
-        """-d '{"id": "1", "sender": "ann", "text": "hello"}'""",
+        "intake": f"curl http://127.0.0.1:8080/hooks/{name} -d '{webhook}'",
     }[kind]
-    click.echo(
-        f"\nNext:\n  hotdesk check {path}\n  pytest {path}        (needs pip install pytest)\n  {hello}\n\n"
-        "A host that watches the folder serves it already; edit, save, and the new code answers."
-    )
 
 
 def _good(path: Path) -> str:
