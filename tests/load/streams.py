@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from time import perf_counter
 
+import msgspec
 from tests.load.client import ConnectionLost, request_bytes
+from tests.load.desk import message_body, message_target, read_entry, shown
+from tests.load.history import Accepted, History, Sent, Streamed
 
-__all__ = ["read_events"]
+__all__ = ["read_events", "stream_turns"]
+
+
+async def stream_turns(port: int, conversation: str, history: History, over: Callable[[], bool]) -> None:
+    """One streamed turn after the other, until the run is *over*; each goes into *history*."""
+    n = 0
+    while not over():
+        n += 1
+        await _stream_turn(port, conversation, f"{conversation}-{n}", history)
+
+
+async def _stream_turn(port: int, conversation: str, id: str, history: History) -> None:
+    history.add(Sent(conversation=conversation, id=id, time=perf_counter()))
+    text, ended = "", False
+    try:
+        target = message_target(conversation, wait=False)
+        async for event, data in read_events(port, target, message_body(id, "slowly")):
+            now = perf_counter()
+            if event == "accepted":
+                seq = msgspec.json.decode(data)["seq"]
+                history.add(Accepted(conversation=conversation, id=id, time=now, seq=seq))
+            elif event == "chunk":
+                text += msgspec.json.decode(data)["text"]
+            elif event == "reply":
+                history.add(shown(read_entry(data), now))
+            ended = event == "done"
+    except ConnectionLost:
+        await asyncio.sleep(0.1)
+    history.add(Streamed(conversation=conversation, id=id, time=perf_counter(), text=text, ended=ended))
 
 
 async def read_events(port: int, target: str, body: bytes, *, gap_s: float = 10.0) -> AsyncIterator[tuple[str, bytes]]:

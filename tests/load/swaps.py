@@ -13,24 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
-import msgspec
 from tests.load.checker import judge
-from tests.load.client import ConnectionLost, Load, open_loop, percentile
+from tests.load.client import Load, open_loop, percentile
 from tests.load.desk import (
     Desk,
-    message_body,
     message_request,
-    message_target,
     note_taken,
-    read_entry,
     read_taken,
-    shown,
 )
-from tests.load.history import Accepted, History, Sent, Streamed
+from tests.load.history import History, Sent
 from tests.load.hosts import OUT, Server, running_host
 from tests.load.report import Figure, judged, run_main
 from tests.load.sources import marked
-from tests.load.streams import read_events
+from tests.load.streams import stream_turns
 
 __all__ = ["measure"]
 
@@ -84,29 +79,7 @@ class _Run:
 
     async def stream(self, conversation: str) -> None:
         """One streamed turn after the other, until the run is over."""
-        n = 0
-        while not self.over:
-            n += 1
-            await self._stream_one(conversation, f"{conversation}-{n}")
-
-    async def _stream_one(self, conversation: str, id: str) -> None:
-        self.history.add(Sent(conversation=conversation, id=id, time=perf_counter()))
-        text, ended = "", False
-        try:
-            target = message_target(conversation, wait=False)
-            async for event, data in read_events(self.server.port, target, message_body(id, "slowly")):
-                now = perf_counter()
-                if event == "accepted":
-                    seq = msgspec.json.decode(data)["seq"]
-                    self.history.add(Accepted(conversation=conversation, id=id, time=now, seq=seq))
-                elif event == "chunk":
-                    text += msgspec.json.decode(data)["text"]
-                elif event == "reply":
-                    self.history.add(shown(read_entry(data), now))
-                ended = event == "done"
-        except ConnectionLost:
-            await asyncio.sleep(0.1)
-        self.history.add(Streamed(conversation=conversation, id=id, time=perf_counter(), text=text, ended=ended))
+        await stream_turns(self.server.port, conversation, self.history, lambda: self.over)
 
 
 async def measure(short: bool) -> list[Figure]:

@@ -20,22 +20,18 @@ from typing import Any
 
 import msgspec
 from tests.load.checker import KINDS, Verdict, judge
-from tests.load.client import ConnectionLost, Load, open_loop, percentile
+from tests.load.client import Load, open_loop, percentile
 from tests.load.desk import (
     Desk,
     Entry,
-    message_body,
     message_request,
-    message_target,
     note_taken,
-    read_entry,
     read_taken,
-    shown,
 )
-from tests.load.history import Accepted, Event, History, Recorded, Replied, Sent, Streamed
+from tests.load.history import Event, History, Recorded, Replied, Sent
 from tests.load.hosts import OUT, Server, host_on, work_folder
 from tests.load.report import Figure, run_main
-from tests.load.streams import read_events
+from tests.load.streams import stream_turns
 from tests.load.wasm_sources import filler, marking, versioned, with_section
 from tests.wasm.built import built
 from tests.wasm.toolchains import Unavailable
@@ -130,29 +126,7 @@ class _Traffic:
 
     async def stream(self, conversation: str) -> None:
         """One streamed turn after the other, until the run is over."""
-        n = 0
-        while not self.over:
-            n += 1
-            await self._stream_one(conversation, f"{conversation}-{n}")
-
-    async def _stream_one(self, conversation: str, id: str) -> None:
-        self.history.add(Sent(conversation=conversation, id=id, time=perf_counter()))
-        text, ended = "", False
-        try:
-            target = message_target(conversation, wait=False)
-            async for event, data in read_events(self.server.port, target, message_body(id, "slowly")):
-                now = perf_counter()
-                if event == "accepted":
-                    seq = msgspec.json.decode(data)["seq"]
-                    self.history.add(Accepted(conversation=conversation, id=id, time=now, seq=seq))
-                elif event == "chunk":
-                    text += msgspec.json.decode(data)["text"]
-                elif event == "reply":
-                    self.history.add(shown(read_entry(data), now))
-                ended = event == "done"
-        except ConnectionLost:
-            await asyncio.sleep(0.1)
-        self.history.add(Streamed(conversation=conversation, id=id, time=perf_counter(), text=text, ended=ended))
+        await stream_turns(self.server.port, conversation, self.history, lambda: self.over)
 
     async def run(self, edits: Callable[[], Coroutine[Any, Any, None]], seconds: float, *, streams: int) -> Load:
         """The traffic, the streams and the edits side by side, then the record is read back."""
