@@ -18,7 +18,7 @@ from hotdesk_sdk import HotdeskError
 
 from ..logs import Logger
 from .entries import Kept
-from .sources import Source, bundle_of
+from .sources import Source, bundle_of, source_of
 
 __all__ = ["Archive", "Archived"]
 
@@ -68,7 +68,7 @@ class Archive:
         for version in versions.kept:
             try:
                 files = _files(folder / version.digest)
-                kept.append(Kept(version.generation, bundle_of(source, files), version.at))
+                kept.append(Kept(version.generation, bundle_of(source_of(files, source), files), version.at))
             except (OSError, HotdeskError) as exc:
                 self._log.warning("archive_unreadable", plugin=source.name, version=version.digest, problem=str(exc))
         return Archived(tuple(kept), versions.refused, versions.last_number)

@@ -28,7 +28,17 @@ from hotdesk_sdk import Manifest, parse_manifest
 from ..errors import LoadFailed
 from .wit_inspect import Inspected, inspect_component
 
-__all__ = ["Bundle", "Source", "bundle_of", "find_entry_points", "find_sources", "name_of", "settle", "signature"]
+__all__ = [
+    "Bundle",
+    "Source",
+    "bundle_of",
+    "find_entry_points",
+    "find_sources",
+    "name_of",
+    "settle",
+    "signature",
+    "source_of",
+]
 
 GRACE_S = 0.35
 """How long a file that is written in place must be quiet: half-writers seen in the field pause up to 300 ms, and the
@@ -363,7 +373,13 @@ def bundle_of(source: Source, files: dict[str, bytes]) -> Bundle:
     raw = files.get(manifest_name)
     manifest = parse_manifest(source.name, raw, file=str(base / manifest_name))
     main = "__init__.py" if source.kind == "folder" else source.path.name
-    wasm = source.wasm_path
+    wasm = None  # told by what was read, and not by what lies there now
+    if main.endswith(".wasm"):
+        wasm = source.path
+    elif source.kind == "folder" and main not in files:
+        wasm = source.path / "plugin.wasm"
+    if (main if wasm is None else wasm.name) not in files:
+        raise LoadFailed(source.name, "find", "its file is gone", file=str(source.path))
     if wasm is not None:
         data = files[wasm.name]
         inspected = inspect_component(manifest.name, data, file=str(wasm), max_bytes=MAX_WASM_BYTES)
@@ -390,6 +406,18 @@ def bundle_of(source: Source, files: dict[str, bytes]) -> Bundle:
         component,
         digest,
     )
+
+
+def source_of(files: Mapping[str, bytes], source: Source) -> Source:
+    """Where a version with these *files* lived, of a plugin that lives at *source* now: it may have been of another
+    kind."""
+    folder = source.path.parent
+    if "__init__.py" in files or "plugin.wasm" in files:
+        return Source(source.name, folder / source.name, "folder") if source.kind != "folder" else source
+    for kind in ("py", "wasm"):
+        if f"{source.name}.{kind}" in files and source.kind != kind:
+            return Source(source.name, folder / f"{source.name}.{kind}", kind)
+    return source
 
 
 def _compile(plugin: str, data: bytes, path: str) -> CodeType:
