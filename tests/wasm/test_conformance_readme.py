@@ -15,7 +15,7 @@ from tests.wasm.built import ROOT, built
 from tests.wasm.toolchains import Unavailable, wasm_tools
 
 from hotdesk.config import SETTINGS, Config
-from hotdesk.runtime import capabilities, sources, wasm, wasm_guest, wasm_imports
+from hotdesk.runtime import capabilities, sources, wasm, wasm_imports, wasm_operations
 from hotdesk.runtime.wit_contract import EXPORTS, IMPORTS, VERSIONS
 from hotdesk.runtime.wit_engine import MAX_STACK
 from hotdesk_sdk import Manifest
@@ -65,9 +65,9 @@ def test_every_limit_is_the_hosts() -> None:
         f"{wasm_imports.MAX_STATE_TOTAL // KIB} KiB in all",
         f"{wasm_imports.MAX_DEPTH}",
         f"{capabilities.MAX_VALUE_BYTES // MIB} MiB",
-        f"{wasm_guest.KV_RATE / KIB:g} KiB a second, {wasm_guest.KV_BURST / MIB:g} MiB at once",
-        f"{wasm_guest.SEND_RATE:g} a second, {wasm_guest.SEND_BURST:g} at once",
-        f"{capabilities.MAX_FETCHED_BYTES // MIB} MiB in {wasm_guest.HTTP_S:g} s",
+        f"{wasm_operations.KV_RATE / KIB:g} KiB a second, {wasm_operations.KV_BURST / MIB:g} MiB at once",
+        f"{wasm_operations.SEND_RATE:g} a second, {wasm_operations.SEND_BURST:g} at once",
+        f"{capabilities.MAX_FETCHED_BYTES // MIB} MiB in {wasm_operations.HTTP_S:g} s",
     ]
     assert wasm.MAX_MEMORIES == 4
     assert wasm_imports.MAX_KEY_CHARS == capabilities.MAX_KEY_CHARS

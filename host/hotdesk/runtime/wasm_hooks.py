@@ -17,8 +17,9 @@ from ..metrics import CallStats
 from .active import BoundHook, Generation
 from .scope import Context
 from .wasm_calls import GuestFault
-from .wasm_guest import Guest, as_text
+from .wasm_guest import Guest
 from .wasm_imports import decoded
+from .wasm_operations import as_text
 
 __all__ = ["bind_guest"]
 
