@@ -33,10 +33,18 @@ async def intake(request):
         raise ValueError("no")
     bad = {"bad": 5, "text": [{"conversation": "c", "text": 5}], "who": [InboundMessage("\\n", "x")],
            "none": [InboundMessage("c", None)], "field": [{"text": "x"}], "object": [object()],
-           "meta": [InboundMessage("c", "x", metadata={"a": object()})]}
+           "meta": [InboundMessage("c", "x", metadata={"a": object()})],
+           "deep": [InboundMessage("c", "x", metadata={"a": DEEP})],
+           **{name: ([InboundMessage("c", "x")], answer) for name, answer in ANSWERS.items()}}
     return bad[kind]
 
-DELIVERED = []
+DELIVERED, DEEP = [], []
+for _ in range(40):
+    DEEP = [DEEP]
+
+ANSWERS = {"status": Answer(99), "code": 1000, "word": Answer("200"), "list": Answer(200, "", []),
+           "split": Answer(200, "", {"x": "a\\r\\nb: c"}), "name": Answer(200, "", {"a b": "c"}),
+           "value": Answer(200, "", {"a": 5}), "length": Answer(200, "", {"Content-Length": "0"})}
 
 @hookimpl
 async def deliver(conversation, reply):
@@ -46,8 +54,14 @@ async def deliver(conversation, reply):
 async def routes():
     async def delivered(request):
         return DELIVERED
-    return [("GET", "/delivered", delivered)]
+    async def answer(request):
+        kind = ANSWERS[request.match_info["kind"]]
+        return kind if isinstance(kind, Answer) else Answer(kind)
+    return [("GET", "/delivered", delivered), ("GET", "/answers/{kind}", answer)]
 """
+
+ANSWERS = ("status", "code", "word", "list", "split", "name", "value", "length")
+"""Answers that HTTP can't say."""
 
 PAGES = """
 from aiohttp import web
@@ -126,11 +140,13 @@ async def test_a_webhook_sees_the_request(start_desk: StartDesk) -> None:
 
 async def test_a_webhook_that_fails_is_the_plugins_fault(start_desk: StartDesk) -> None:
     """A hook that raises or returns what it may not is 500 plugin_failed, and nothing of it is kept."""
-    desk = await start_desk({"shop.py": HOOK}, probation_calls=0, breaker_failures=20)
-    for kind in ("raise", "bad", "text", "who", "none", "field", "object", "meta"):
+    desk = await start_desk({"shop.py": HOOK}, probation_calls=0, breaker_failures=40)
+    for kind in ("raise", "bad", "text", "who", "none", "field", "object", "meta", "deep", *ANSWERS):
         assert_one_shape(await ask(desk, "POST", f"/hooks/shop/{kind}"), "plugin_failed")
     assert await desk.host.backend.unfinished() == []
     assert await desk.host.backend.record("c") is None
+    for kind in ANSWERS:
+        assert_one_shape(await ask(desk, "GET", f"/p/shop/answers/{kind}"), "plugin_failed")
 
 
 async def test_an_unknown_webhook_is_404(start_desk: StartDesk) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from hotdesk_sdk import Answer, Attachment, InboundMessage, Intake, Reply, Reque
 
 from ..metrics import CallStats
 from .active import BoundHook, Generation
+from .answers import check_answer
 from .scope import Context
 from .wasm_calls import GuestFault
 from .wasm_guest import Guest
@@ -261,16 +261,8 @@ class _Emitted:
         self._come.set()
 
 
-TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
-"""What HTTP takes for a name (RFC 9110, section 5.6.2)."""
-
-NOT_FOR_GUESTS = frozenset(
-    (
-        *("connection", "content-encoding", "content-length", "date", "keep-alive", "server", "set-cookie"),
-        *("te", "trailer", "transfer-encoding", "upgrade"),
-    )
-)
-"""Headers by which an answer could become two, or speak for the whole origin."""
+NOT_FOR_GUESTS = frozenset(["content-encoding", "date", "server", "set-cookie"])
+"""Headers by which an answer could speak for the whole origin, beside those that no plugin sets."""
 
 MAX_TAGS, MAX_TAG_CHARS = 32, 128
 
@@ -374,12 +366,8 @@ def _inbound(conversation: str, text: str, id: str, extra: str) -> InboundMessag
 
 def _answer(status: int, headers: str, body: str, extra: str) -> Answer:
     data: str | bytes = body
-    if not 200 <= status <= 599:
-        raise GuestFault(f"an answer's status is {status}; there are 200 to 599")
     named = _converted(_decoded(headers, "an answer's headers"), dict[str, str], "its headers")
-    for name, value in named.items():
-        if not TOKEN.fullmatch(name) or not (value.isprintable() and value.isascii()):
-            raise GuestFault(f"an answer's header {name[:50]!r} has what a header can't have")
+    for name in named:
         if name.lower() in NOT_FOR_GUESTS:
             raise GuestFault(f"an answer's header {name!r} is the host's to set")
     if _decoded(extra, "an answer's extra").get("base64"):
@@ -387,4 +375,7 @@ def _answer(status: int, headers: str, body: str, extra: str) -> Answer:
             data = base64.b64decode(body, validate=True)
         except binascii.Error as exc:
             raise GuestFault(f"an answer's body is not base64: {exc}") from None
-    return Answer(status, data, named)
+    try:
+        return check_answer(Answer(status, data, named))
+    except ValueError as exc:
+        raise GuestFault(str(exc)) from None

@@ -11,7 +11,9 @@ from yarl import URL
 from hotdesk_sdk import Answer
 
 from ..errors import CallFailed, DoorError
+from ..logs import get_log
 from ..runtime.active import Active
+from ..runtime.answers import check_answer
 from ..runtime.call import Calls, Clock
 from .webhooks import answer_response
 
@@ -73,7 +75,11 @@ class PluginPages:
                 raise DoorError("plugin_failed", exc.public) from exc
             finally:
                 self._calls.stop(clock)
-            return to_response(answer)
+            try:
+                return to_response(answer)
+            except (TypeError, ValueError) as exc:
+                get_log().error("page_not_taken", plugin=plugin, problem=str(exc))
+                raise DoorError("plugin_failed", f"plugin '{plugin}' failed; the log says why") from exc
         finally:
             self._active.release(snapshot)
 
@@ -91,7 +97,7 @@ def to_response(answer: Any) -> web.StreamResponse:
     if isinstance(answer, web.StreamResponse):
         return answer
     if isinstance(answer, Answer):
-        return answer_response(answer)
+        return answer_response(check_answer(answer))
     if isinstance(answer, str):
         kind = "text/html" if answer.lstrip().startswith("<") else "text/plain"
         return web.Response(text=answer, content_type=kind)

@@ -15,6 +15,8 @@ from ..chat.intake import Intake as Inbox
 from ..chat.intake import NewMessage
 from ..errors import CallFailed, DoorError
 from ..logs import get_log
+from ..runtime.answers import check_answer
+from ..runtime.shallow import MAX_DEPTH, is_shallow
 from .wire import conversation_of, json_response
 
 __all__ = ["Webhooks", "answer_response"]
@@ -91,14 +93,18 @@ def read_intake(given: Any) -> Intake:
 def _message(item: Any) -> InboundMessage:
     if not isinstance(item, InboundMessage | Mapping):
         raise TypeError(f"a message is an InboundMessage or a dict, not {type(item).__name__}")
-    return _decode(msgspec.json.encode(item))  # there and back: what is kept must be readable for as long as it is kept
+    # There and back: what is kept must be readable for as long as it is kept.
+    message = _decode(msgspec.json.encode(item))
+    if message.metadata and not is_shallow(message.metadata):
+        raise ValueError(f"a message's metadata nests deeper than {MAX_DEPTH}")
+    return message
 
 
 def _answer(item: Any) -> Answer:
     if isinstance(item, Answer):
-        return item
+        return check_answer(item)
     if isinstance(item, int) and not isinstance(item, bool):
-        return Answer(item)
+        return check_answer(Answer(item))
     return Answer(200, item)
 
 
