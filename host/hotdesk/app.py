@@ -7,7 +7,7 @@ import contextlib
 import gc
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,9 @@ class Host:
     resumed: int
     images: Images
     llm: Llm
+    purge: Callable[[float], Awaitable[None]]
+    """Delete what nobody has touched since a time (Unix seconds), here and in memory; by itself once an hour, where
+    `retention_days` is set."""
 
 
 @contextlib.asynccontextmanager
@@ -257,8 +260,17 @@ async def open_host(
         url = await _serve(config, sock, doors, intake, turns, stack) if sock is not None else ""
         if not serve:
             stack.callback(intake.stop)
+
+        async def purge(before: float) -> None:
+            if deleted := await backend.purge(before):
+                recent.forget_all()
+                summaries.forget_all()
+                log.info("conversations_purged", count=deleted)
+            if deleted := await images.purge(before):
+                log.info("images_purged", count=deleted)
+
         if config.retention_days:
-            purging = asyncio.create_task(_purge(backend, recent, summaries, images, config.retention_days, log))
+            purging = asyncio.create_task(_keep_purging(purge, config.retention_days, log))
             stack.callback(purging.cancel)
         if config.file:
 
@@ -288,6 +300,7 @@ async def open_host(
             resumed,
             images,
             llm,
+            purge,
         )
 
 
@@ -344,17 +357,10 @@ async def _serve(
     return f"http://{host}:{sock.getsockname()[1]}"
 
 
-async def _purge(backend: Backend, recent: Recent, summaries: Summaries, images: Images, days: int, log: Any) -> None:
+async def _keep_purging(purge: Callable[[float], Awaitable[None]], days: int, log: Any) -> None:
     while True:
         try:
-            before = time.time() - days * 86400
-            deleted = await backend.purge(before)
-            if deleted:
-                recent.forget_all()
-                summaries.forget_all()
-                log.info("conversations_purged", count=deleted, older_than_days=days)
-            if deleted := await images.purge(before):
-                log.info("images_purged", count=deleted)
+            await purge(time.time() - days * 86400)
         except Exception as exc:  # a purge that fails is tried again at its next time
             log.error("purge_failed", problem=str(exc))
         await asyncio.sleep(PURGE_EVERY_S)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ CHATGPT = ROOT / "plugins/chatgpt.py"
 ANY = '{"type": "object", "properties": {"s": {"type": "string"}}}'
 
 
-def tool(body: str, *, before: str = "") -> str:
+def tool(body: str) -> str:
     """The source of a plugin with the tool `look`, which takes a text `s`."""
     lines = "".join(f"        {line}\n" for line in body.splitlines())
     return (
-        f"import asyncio, pathlib\nfrom hotdesk_sdk import Tool, hookimpl\n{before}\n@hookimpl\nasync def tools(ctx):\n"
+        f"import asyncio, pathlib\nfrom hotdesk_sdk import Tool, hookimpl\n\n@hookimpl\nasync def tools(ctx):\n"
         f"    async def look(s=''):\n{lines}    return [Tool('look', 'Looks.', look, {ANY})]\n"
     )
 
@@ -69,10 +68,15 @@ def release(tmp_path: Path) -> Iterator[Path]:
 
 def deaf(release: Path) -> str:
     return tool(
+        f"pathlib.Path({str(called(release))!r}).touch()\n"
         f"while not pathlib.Path({str(release)!r}).exists():\n"
         "    try:\n        await asyncio.sleep(0.02)\n    except asyncio.CancelledError:\n        pass\n"
         f"pathlib.Path({str(left(release))!r}).touch()\nreturn 'too late'"
     )
+
+
+def called(release: Path) -> Path:
+    return release.with_suffix(".called")
 
 
 def left(release: Path) -> Path:
@@ -112,11 +116,9 @@ async def test_a_turn_is_given_up_though_its_tool_ignores_it(
     desk = await start_desk(plugins, llm=llm, settings={"t": PluginSettings(timeout_ms=60_000)})
     async with desk.http.post(f"{desk.url}/v1/conversations/c/messages", json={"text": "go", "id": "m"}) as response:
         assert response.status == 202
-    await wait_until(lambda: model_server.requests and not model_server.open, "the tool is called")
-    began = time.monotonic()
+    await wait_until(called(release).exists, "the tool is called")
     assert desk.host.turns.cancel("c", "m")
     await wait_until(lambda: desk.host.turns.live == 0, "the turn has ended", timeout_s=5)
-    assert time.monotonic() - began < 4
     model_server.default = Script(text="and on")
     assert await desk.reply("next") == "and on"
     await let_go(release)
@@ -138,29 +140,13 @@ async def test_arguments_that_nest_too_deeply_are_told_to_the_model(tmp_path: Pa
     assert result.startswith("error: the arguments of 'look' do not fit")
 
 
-HALVES = {
-    "as its result": "return 'a\\ud800b'",
-    "in its result": "return {'key': 'a\\ud800b'}",
-    "in what it raises": "raise ValueError('a\\ud800b')",
-    "in what it raises, further in": "raise ExceptionGroup('a\\ud800b', [ValueError('x')])",
-}
-
-
-@pytest.mark.parametrize("half", HALVES)
-async def test_half_a_character_of_a_tool_breaks_no_turn(tmp_path: Path, model_server: ModelServer, half: str) -> None:
-    """JSON can't say it; the model is told something that it can, and the visitor gets the answer."""
-    model_server.default = answered_by(Script(tool_calls=[("look", {})]))
-    said = await say(tmp_path, model_server, tool(HALVES[half]))
-    assert (said.text, said.error) == ("Here it is.", None)
-    [(_, result)] = asked_and_told(model_server)[1]
-    assert result.startswith("a?b" if half == "as its result" else "error: 'look'")
-
-
 async def test_half_a_character_in_arguments_breaks_no_turn(tmp_path: Path, model_server: ModelServer) -> None:
     """The model wrote it as an escape; it is told that this is no JSON."""
     model_server.default = answered_by(Script(tool_calls=[("look", '{"s": "a\\ud800b"}')]))
     said = await say(tmp_path, model_server, tool("return 'called'"))
     assert (said.text, said.error) == ("Here it is.", None)
+    [(_, result)] = asked_and_told(model_server)[1]
+    assert result.startswith("error: the arguments of 'look' do not fit")
 
 
 # -- strange calls -----------------------------------------------------------------------------------------------------

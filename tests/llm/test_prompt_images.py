@@ -10,20 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 from model_server import ModelServer, Script
 from tests.llm.asking import settings_of
 from tests.llm.raw_server import serving
 
 from conftest import StartDesk
+from hotdesk.chat.assistant import IMAGES_BYTES
 from hotdesk.chat.prompt import MAX_IMAGES
 from hotdesk.config import LlmSettings
-from hotdesk.runtime.network import is_public
 from pictures import encoded, noise
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 CHATGPT = {name: (PLUGINS / name).read_text() for name in ("chatgpt.py", "chatgpt.toml")}
-BOUND = 8 * 1024 * 1024
 
 
 def parts_of(server: ModelServer) -> list[list[dict[str, Any]]]:
@@ -63,7 +61,7 @@ async def test_the_bytes_of_all_images_together_are_bounded(model_server: ModelS
     model_server.default = Script(text="ok")
     llm = LlmSettings(models={"default": settings_of(model_server.base_url)})
     desk = await start_desk(dict(CHATGPT), llm=llm)
-    pictures = [noise(BOUND * 3 // 8) for _ in range(4)]
+    pictures = [noise(IMAGES_BYTES * 3 // 8) for _ in range(4)]
     for data in pictures:
         body = json.dumps({"text": "look", "attachments": [{"type": "image", "data": encoded(data)}]}).encode()
         url = f"{desk.url}/v1/conversations/c/messages?wait=10"
@@ -78,21 +76,6 @@ async def test_the_bytes_of_all_images_together_are_bounded(model_server: ModelS
         if part["type"] == "image_url"
     ]
     assert shown == pictures[-2:]
-    assert sum(map(len, shown)) <= BOUND
+    assert sum(map(len, shown)) <= IMAGES_BYTES
     words = [m["content"] for m in (model_server.requests[-1].body or {})["messages"] if m["role"] == "user"]
     assert [isinstance(content, str) and "[image: PNG" in content for content in words[:2]] == [True, True]
-
-
-INSIDE = ["::ffff:0:127.0.0.1", "::ffff:0:169.254.169.254", "4000::1", "8000::1", "fe00::1", "::ffff:127.0.0.1"]
-
-
-@pytest.mark.parametrize("address", INSIDE)
-def test_what_was_never_given_out_for_the_public_is_not_public(address: str) -> None:
-    """Addresses translated from IPv4, and those of no known network: who would answer there is anybody's guess."""
-    assert not is_public(address)
-
-
-@pytest.mark.parametrize("address", ["2600::1", "2a00:1450:4001:800::200e", "8.8.8.8", "64:ff9b::808:808"])
-def test_what_was_is_public(address: str) -> None:
-    """The rule lets through what it should."""
-    assert is_public(address)

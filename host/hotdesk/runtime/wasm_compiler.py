@@ -18,7 +18,7 @@ from .guards import host_task
 from .wasm_cache import CodeCache
 from .wit_compile import UNKEPT
 
-__all__ = ["Compiler"]
+__all__ = ["CompileTimeout", "Compiler"]
 
 GONE_S = 1.0
 """How long a process that has closed its output may take to end."""
@@ -28,6 +28,10 @@ SHARED_MEMORY = Path("/dev/shm")
 
 IDLE_S = 120.0
 """How long the process waits for another component before it goes; starting one takes a tenth of a second."""
+
+
+class CompileTimeout(LoadFailed):
+    """Compiling took longer than it may."""
 
 
 class NotTaken(EOFError):
@@ -57,7 +61,7 @@ class Compiler:
         return await asyncio.to_thread(self._cache.read, self.key_of(digest))
 
     async def compile(self, plugin: str, data: bytes, digest: str, *, baseline: bool = False) -> bytes:
-        """Native code of *data*. Raises `LoadFailed`, after `wasm_compile_timeout_s` at the latest.
+        """Native code of *data*. Raises `LoadFailed`; after `wasm_compile_timeout_s`, `CompileTimeout`.
 
         *baseline* compiles in half the time, to slower code, which is not kept.
         """
@@ -92,7 +96,7 @@ class Compiler:
                         return target, await self._ask(data, target, baseline)
             except TimeoutError:
                 await self._end()
-                raise LoadFailed(
+                raise CompileTimeout(
                     plugin, "compile", f"compiling it took over {self._timeout_s:g} s (`wasm_compile_timeout_s`)"
                 ) from None
             except (EOFError, ConnectionError, ValueError):  # also a line that is too long, and what is no JSON

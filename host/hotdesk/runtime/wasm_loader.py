@@ -59,6 +59,7 @@ class WasmLoader:
         file = next(iter(bundle.paths))
         generation.module_name = f"hotdesk_wasm_{generation.plugin}_{generation.number}"
         machine, compiler, _ = await self._open(generation.plugin, file)
+        from .wasm_compiler import CompileTimeout
         from .wasm_guest import Guest
         from .wasm_hooks import bind_guest
 
@@ -69,7 +70,7 @@ class WasmLoader:
             try:
                 native = await compiler.compile(generation.plugin, data, bundle.wasm_digest, baseline=quickly)
             except LoadFailed as exc:
-                if not quickly:
+                if not quickly or isinstance(exc, CompileTimeout):  # the thorough way takes longer still
                     raise _at(exc, file) from None
                 quickly = False  # what the quick way does not take, such as exceptions
                 try:

@@ -18,7 +18,7 @@ TICK_S = 0.005
 MAX_STACK = 512 * 1024
 """Bytes of stack for a guest; a call deeper than that traps."""
 
-SHAPES_CODE = ("wit_engine.py", "wit_names.py", "wit_compile.py")
+SHAPES_CODE = ("wit_engine.py", "wit_names.py", "wit_binary.py", "wit_compile.py")
 """The sources that decide what is made of a component."""
 
 SINGLE_PASS = 1
@@ -43,9 +43,8 @@ def new_engine(*, baseline: bool = False) -> wasmtime.Engine:
     if baseline:
         config.cranelift_opt_level = "none"
         ffi.wasmtime_config_cranelift_regalloc_algorithm_set(config.ptr(), SINGLE_PASS)
-        config.wasm_exceptions = (
-            False  # with that allocator they can crash the process: bytecodealliance/wasmtime#11850
-        )
+        # with that allocator they can crash the process: bytecodealliance/wasmtime#11850
+        config.wasm_exceptions = False
     return wasmtime.Engine(config)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import LoadFailed
+from .wit_binary import Cut, read_number
 from .wit_contract import EXPORTS, IMPORTS, PACKAGE, VERSIONS
 
 __all__ = ["Inspected", "inspect_component"]
@@ -43,10 +44,6 @@ class Inspected:
     """Imports of packages that are not the contract's, by their whole names: WASI."""
 
 
-class _Cut(Exception):
-    """The bytes end in the middle of something."""
-
-
 def inspect_component(plugin: str, data: bytes, *, file: str, max_bytes: int) -> Inspected:
     """What the component in *data* is. Raises `LoadFailed`, which says what is wrong with it and what to do."""
 
@@ -73,15 +70,14 @@ def inspect_component(plugin: str, data: bytes, *, file: str, max_bytes: int) ->
                 imports += _names(data, start, end, is_export=False)
             elif number == EXPORT_SECTION:
                 exports += _names(data, start, end, is_export=True)
-    except _Cut as exc:
+    except Cut as exc:
         raise wrong(f"it is cut off: {exc}; copy it again, whole", "parse") from None
     except (ValueError, UnicodeDecodeError) as exc:
         raise wrong(f"it is no valid component: {exc}", "parse") from None
     return _judge(imports, exports, wrong)
 
 
-def _judge(imports: list[str], exports: list[str], wrong: object) -> Inspected:
-    assert callable(wrong)
+def _judge(imports: list[str], exports: list[str], wrong: Callable[..., LoadFailed]) -> Inspected:
     versions: set[str] = set()
     own_imports, own_exports, foreign = [], [], []
     for name in exports:
@@ -120,8 +116,7 @@ def _judge(imports: list[str], exports: list[str], wrong: object) -> Inspected:
     return Inspected(versions.pop(), tuple(own_exports), tuple(own_imports), tuple(foreign))
 
 
-def _check_version(name: str, version: str, wrong: object) -> None:
-    assert callable(wrong)
+def _check_version(name: str, version: str, wrong: Callable[..., LoadFailed]) -> None:
     if version in VERSIONS:
         return
     if not version:
@@ -135,8 +130,8 @@ def _check_version(name: str, version: str, wrong: object) -> None:
     )
 
 
-def _unknown(name: str, what: str, known: object) -> str:
-    names = list(known)  # type: ignore[call-overload]
+def _unknown(name: str, what: str, known: Iterable[str]) -> str:
+    names = list(known)
     near = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(names)}"
     return f"it {what}s the interface '{name}', which the contract does not have{hint}"
@@ -154,33 +149,19 @@ def _sections(data: bytes) -> Iterator[tuple[int, int, int]]:
     at = 8
     while at < len(data):
         number = data[at]
-        size, start = _number(data, at + 1, len(data))
+        size, start = read_number(data, at + 1, len(data))
         end = start + size
         if number > LAST_SECTION:
             raise ValueError(f"there is no section {number} (at byte {at:,})")
         if end > len(data):
-            raise _Cut(f"section {number} at byte {at:,} has {size:,} bytes, of which {len(data) - start:,} are there")
+            raise Cut(f"section {number} at byte {at:,} has {size:,} bytes, of which {len(data) - start:,} are there")
         yield number, start, end
         at = end
 
 
-def _number(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """An unsigned LEB128 of 32 bits: its value, and where what follows begins."""
-    value = 0
-    for shift in range(0, 35, 7):
-        if at >= end:
-            raise _Cut(f"a number is missing at byte {at:,}")
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError(f"a number of over 32 bits at byte {at:,}")
-
-
 def _names(data: bytes, at: int, end: int, *, is_export: bool) -> Iterator[str]:
     """The names in an import or export section."""
-    count, at = _number(data, at, end)
+    count, at = read_number(data, at, end)
     if count > MAX_NAMES:
         raise ValueError(f"it has {count:,} imports or exports; {MAX_NAMES:,} are allowed")
     for _ in range(count):
@@ -188,7 +169,7 @@ def _names(data: bytes, at: int, end: int, *, is_export: bool) -> Iterator[str]:
         yield name
         if is_export:
             at = _sort_index(data, at, end)
-            flag, at = _number(data, at, end)
+            flag, at = read_number(data, at, end)
             if flag:
                 at = _describes(data, at, end)
         else:
@@ -198,14 +179,14 @@ def _names(data: bytes, at: int, end: int, *, is_export: bool) -> Iterator[str]:
 def _name(data: bytes, at: int, end: int) -> tuple[str, int]:
     """An `importname` or `exportname`: a tag, the name, and for tag 1 or 2 possibly what follows it."""
     tag = _byte(data, at, end)
-    size, at = _number(data, at + 1, end)
+    size, at = read_number(data, at + 1, end)
     if at + size > end:
-        raise _Cut(f"a name is missing at byte {at:,}")
+        raise Cut(f"a name is missing at byte {at:,}")
     if size > MAX_NAME:
         raise ValueError(f"a name of {size:,} bytes at byte {at:,}; {MAX_NAME:,} are allowed")
     name, at = data[at : at + size].decode(), at + size
     if tag == 2:  # a suffix of the version, by which canonical names differ
-        size, at = _number(data, at, end)
+        size, at = read_number(data, at, end)
         name, at = name + data[at : at + size].decode(), at + size
     elif tag > 1:
         raise ValueError(f"a name of unknown kind {tag} at byte {at:,}")
@@ -215,7 +196,7 @@ def _name(data: bytes, at: int, end: int) -> tuple[str, int]:
 def _sort_index(data: bytes, at: int, end: int) -> int:
     if _byte(data, at, end) == 0:
         at += 1
-    return _number(data, at + 1, end)[1]
+    return read_number(data, at + 1, end)[1]
 
 
 def _describes(data: bytes, at: int, end: int) -> int:
@@ -223,15 +204,15 @@ def _describes(data: bytes, at: int, end: int) -> int:
     kind = _byte(data, at, end)
     at += 1
     if kind == 0:  # a core module, by its type
-        return _number(data, at + 1, end)[1]
+        return read_number(data, at + 1, end)[1]
     if kind in (1, 4, 5):  # a function, component or instance, by its type
-        return _number(data, at, end)[1]
+        return read_number(data, at, end)[1]
     if kind == 3:  # a type: equal to another, or a resource
-        return _number(data, at + 1, end)[1] if _byte(data, at, end) == 0 else at + 1
+        return read_number(data, at + 1, end)[1] if _byte(data, at, end) == 0 else at + 1
     raise ValueError(f"an import or export of unknown kind {kind} at byte {at - 1:,}")
 
 
 def _byte(data: bytes, at: int, end: int) -> int:
     if at >= end:
-        raise _Cut(f"a byte is missing at {at:,}")
+        raise Cut(f"a byte is missing at {at:,}")
     return data[at]

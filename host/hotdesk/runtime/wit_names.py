@@ -8,6 +8,8 @@ Rust's own kind (`_R…`) are left: its demangler is bounded.
 
 from __future__ import annotations
 
+from .wit_binary import read_number
+
 __all__ = ["without_mangled_names"]
 
 CORE_MODULE, COMPONENT = 1, 4
@@ -31,14 +33,14 @@ def without_mangled_names(data: bytes) -> bytes:
 def _walk(data: bytearray, at: int, end: int, *, component: bool) -> None:
     while at < end:
         kind = data[at]
-        size, at = _number(data, at + 1)
+        size, at = read_number(data, at + 1, end)
         stop = at + size
         if stop > end:
             raise ValueError("a section is longer than what it is in")
         if component and kind in (CORE_MODULE, COMPONENT):
             _walk(data, at + 8, stop, component=kind == COMPONENT)
         elif not component and kind == CUSTOM:
-            length, name = _number(data, at)
+            length, name = read_number(data, at, stop)
             if data[name : name + length] == b"name":
                 _names(data, name + length, stop)
         at = stop
@@ -47,28 +49,14 @@ def _walk(data: bytearray, at: int, end: int, *, component: bool) -> None:
 def _names(data: bytearray, at: int, end: int) -> None:
     while at < end:
         kind = data[at]
-        size, at = _number(data, at + 1)
+        size, at = read_number(data, at + 1, end)
         stop = at + size
         if kind == FUNCTION_NAMES:
-            count, place = _number(data, at)
+            count, place = read_number(data, at, stop)
             for _ in range(count):
-                if place >= stop:
-                    raise ValueError("a name section is cut off")
-                _, place = _number(data, place)
-                length, place = _number(data, place)
+                _, place = read_number(data, place, stop)
+                length, place = read_number(data, place, stop)
                 if data[place : place + 4].lstrip(b"_.").startswith(b"Z"):
                     data[place] = ord("?")
                 place += length
         at = stop
-
-
-def _number(data: bytearray, at: int) -> tuple[int, int]:
-    """An unsigned LEB128 of 32 bits: its value, and where what follows begins."""
-    value = 0
-    for shift in range(0, 35, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number of over 32 bits")

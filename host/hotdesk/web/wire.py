@@ -25,7 +25,6 @@ __all__ = ["SSE_HEADERS", "MessageBody", "Wire", "decode_message", "integer", "j
 
 T = TypeVar("T")
 
-
 JSON_HEADERS = {"Content-Type": "application/json"}
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
