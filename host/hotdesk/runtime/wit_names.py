@@ -8,7 +8,7 @@ Rust's own kind (`_R…`) are left: its demangler is bounded.
 
 from __future__ import annotations
 
-from .wit_binary import read_number
+from .wit_binary import Cut, read_number
 
 __all__ = ["without_mangled_names"]
 
@@ -25,7 +25,7 @@ def without_mangled_names(data: bytes) -> bytes:
     out = bytearray(data)
     try:
         _walk(out, 8, len(out), component=True)
-    except IndexError:
+    except (Cut, IndexError):
         raise ValueError("a section is cut off") from None
     return bytes(out)
 
