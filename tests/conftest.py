@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,9 @@ from hotdesk.config import Config, PluginSettings
 from hotdesk.runtime.python import PREFIX
 
 ADMIN_TOKEN = "test-admin-token"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 async def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 10.0) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -84,6 +86,28 @@ async def test_a_folder_that_can_not_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="file"):
         async with opened(tmp_path / "file" / "hotdesk.db"):
             pass
+
+
+async def test_a_look_at_the_heap_is_not_in_the_way_of_a_start(tmp_path: Path) -> None:
+    """What was asked of the file before its first commit is read to the end, so that nobody can keep it in progress."""
+    looking = threading.Event()
+
+    def look() -> None:
+        held = []
+        while not looking.is_set():
+            held = gc.get_objects()
+            time.sleep(0.001)
+        held.clear()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for n in range(50):
+            async with opened(tmp_path / f"{n}.db"):
+                pass
+    finally:
+        looking.set()
+        thread.join()
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------

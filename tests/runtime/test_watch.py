@@ -117,12 +117,22 @@ async def test_a_save_while_the_one_before_is_parsed_is_not_lost(desk: Desk) -> 
 @pytest.mark.parametrize("held_open", [True, False], ids=["held open", "closed between"])
 @pytest.mark.parametrize("parses", [True, False], ids=["the half parses", "the half does not parse"])
 @pytest.mark.parametrize("new", [True, False], ids=["a new file", "over the old file"])
-async def test_a_half_written_file_is_never_loaded(desk: Desk, held_open: bool, parses: bool, new: bool) -> None:
-    """A writer that pauses for 300 ms in the middle is waited for, even where the half alone would be a plugin."""
+@pytest.mark.parametrize("deleting", [False, True], ids=["", "as another is deleted"])
+async def test_a_half_written_file_is_never_loaded(
+    desk: Desk, held_open: bool, parses: bool, new: bool, deleting: bool
+) -> None:
+    """A writer that pauses for 300 ms in the middle is waited for, even where the half alone would be a plugin, and
+    whatever else changes in the folder."""
     whole = echo(2) + "    # the rest\n" + "HALF = False\n"
     cut = len(echo(2)) if parses else len(echo(2)) - 7
     name = "fresh" if new else "echo"
     path = desk.folder / f"{name}.py"
+    if deleting:
+        desk.write("other.py", echo(1))
+        await desk.wait_event("plugin_loaded", plugin="other")
+        (desk.folder / "other.py").unlink()
+        if not new:  # as some editors save
+            path.unlink()
     writer = path.open("w")
     try:
         writer.write(whole[:cut])

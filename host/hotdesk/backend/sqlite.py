@@ -91,11 +91,14 @@ class SqliteBackend:
         self._lock.acquire(lambda holder: BackendError(f"backend {self.url}: another hotdesk has it open ({holder})"))
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, cached_statements=128)
         try:
-            db.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            db.execute("PRAGMA cache_size=-65536")
-            db.execute("PRAGMA wal_autocheckpoint=4000")
+            for setting in (
+                f"busy_timeout={BUSY_TIMEOUT_MS}",
+                "journal_mode=WAL",
+                "synchronous=FULL",
+                "cache_size=-65536",
+                "wal_autocheckpoint=4000",
+            ):  # read to the end, for one that a look at the heap keeps alive would be in the way of a commit
+                db.execute(f"PRAGMA {setting}").fetchall()
             migrate(db, self.url)
             self._inode = os.stat(self._path).st_ino
         except BaseException:

@@ -41,14 +41,15 @@ class Changes:
     paths: frozenset[Path]
     gone: frozenset[Path]
     moved: frozenset[Path]
-    """Paths that appeared while another name in the same folder went: the end of a careful writer's rename."""
+    """Paths that appeared while a temporary name in the same folder went: the end of a careful writer's rename. Not
+    while any other went: a plugin that is deleted just then says nothing of one that is being written."""
 
     @classmethod
     def of(cls, changes: Iterable[tuple[Change, str]]) -> Changes:
         found = [(change, Path(path)) for change, path in changes if not _is_own(path)]
         added = {path for change, path in found if change == Change.added}
         gone = {path for change, path in found if change == Change.deleted}
-        left = {path.parent for path in gone}
+        left = {path.parent for path in gone if path in added or _is_temporary(path)}
         moved = {path for path in added - gone if path.parent in left}
         return cls(frozenset(path for _, path in found), frozenset(gone), frozenset(moved))
 
@@ -156,6 +157,11 @@ class Watch:
                 self._sweep()
             except OSError as exc:
                 self._log.warning("watch_failed", problem=str(exc), remedy="the folders are looked through again")
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether it is a name that no plugin has."""
+    return path.name.startswith((".", "_")) or path.suffix not in (".py", ".wasm", ".toml", "")
 
 
 def _is_own(path: str) -> bool:
