@@ -38,6 +38,11 @@ def test_a_receipt_leaves_out_what_it_does_not_know() -> None:
     assert receipt_line(first) == "faq 1 live in 9 ms"
 
 
+def test_a_long_wait_for_the_first_answer_is_told_in_seconds() -> None:
+    """Nobody need have asked for a while."""
+    assert "first answer 1,048 s" in receipt_line(RECEIPT | {"first_answer_ms": 1_047_825.0})
+
+
 def test_one_turn_is_singular() -> None:
     assert receipt_line(RECEIPT | {"drained": 1}).endswith("1 turn drained")
 

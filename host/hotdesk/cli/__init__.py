@@ -29,7 +29,7 @@ Examples:
   hotdesk new hours --kind bot                   plugins/hours/: saved is live
   hotdesk check plugins/hours                    what does it hook and ask for?
   hotdesk plugins                                what serves, in which generation
-  hotdesk plugins rollback faq                   back to the last one that worked
+  hotdesk plugins rollback faq                   back to the version before
   hotdesk plugins --json | jq '.plugins[].name'  for scripts
 
 \b

@@ -30,7 +30,7 @@ def receipt_line(receipt: Mapping[str, Any]) -> str:
     known = [f"{step} {_ms(steps[f'{step}_ms'])}" for step in _STEPS if steps.get(f"{step}_ms") is not None]
     parts = [f"{head} ({', '.join(known)})" if known else head]
     if (first := receipt.get("first_answer_ms")) is not None:
-        parts.append(f"first answer {_ms(first)} ms")
+        parts.append(f"first answer {_span(first)}")
     if drained := receipt.get("drained"):
         parts.append(f"{drained} {'turn' if drained == 1 else 'turns'} drained")
     return " · ".join(parts)
@@ -48,6 +48,11 @@ def event_line(event: Mapping[str, Any]) -> str:
 
 def _ms(value: float) -> int:
     return round(value)
+
+
+def _span(ms: float) -> str:
+    """A time that may be long: nobody need have asked for a while."""
+    return f"{_ms(ms)} ms" if ms < 10_000 else f"{ms / 1000:,.0f} s"
 
 
 def _step(change: Mapping[str, Any]) -> str:
@@ -104,7 +109,7 @@ def _first_answer(event: Mapping[str, Any]) -> str:
     first, total = receipt.get("first_answer_ms"), (receipt.get("steps") or {}).get("total_ms")
     line = f"{_step(receipt)} first answer"
     if first is not None:
-        line += f" {_ms(first)} ms after the change"
+        line += f" {_span(first)} after the change"
     return line if total is None else f"{line}, live in {_ms(total)} ms"
 
 
