@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.wasm.toolchains import Unavailable
 from tests.wasm.toolchains.installing import install_once
 
-__all__ = ["LANGUAGES", "built", "source_of"]
+__all__ = ["EXAMPLES", "LANGUAGES", "ROOT", "built", "source_of"]
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -91,7 +91,7 @@ def _inputs(language: str) -> Iterator[Path]:
             hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
             if path.is_file() and not hidden and not f"/{inside}".startswith(ignored):
                 yield path
-    yield ROOT / "tests" / "wasm" / "toolchains" / f"{language}.py"
+    yield from sorted((ROOT / "tests" / "wasm" / "toolchains").glob("*.py"))
 
 
 def _ignored(folder: Path) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Components for tests, from WebAssembly text: small, hostile where a test wants it, and no toolchain needed.
 
 `component` wraps functions of a core module as exports of the contract's interfaces. The core module has a memory, a
-`realloc` that only grows, and the helpers of `PRELUDE`; each function of the table `BODIES` is the body of one export.
+`realloc` that only grows, and the helpers of `PRELUDE`; what is given by a function's name is the body of that export.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ import wasmtime
 from hotdesk.runtime.wit_contract import EXPORTS as CONTRACT
 
 __all__ = [
-    "ANSWER",
+    "DATA",
     "DEEP",
     "DEEPLY",
+    "EXPORTS",
     "FOREIGN",
     "LOOP",
     "NEXT",
     "PACKAGE",
+    "RESULT",
     "TRAP",
-    "VERSION",
+    "ZERO",
     "answering",
     "component",
+    "escaped",
     "giving",
     "giving_back",
+    "leb",
+    "section",
     "text",
     "when_shouted",
 ]
@@ -198,6 +203,25 @@ PRELUDE = f"""
 """
 
 
+def escaped(data: bytes) -> str:
+    """*data* as it is written in a text of WAT, whatever the bytes are."""
+    return "".join(f"\\{byte:02x}" for byte in data)
+
+
+def leb(number: int) -> bytes:
+    """*number* as an unsigned LEB128, in as few bytes as it takes."""
+    made = bytearray()
+    while number > 0x7F:
+        made.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*made, number])
+
+
+def section(number: int, body: bytes) -> bytes:
+    """The section *number* of a module or component in its binary form."""
+    return bytes([number]) + leb(len(body)) + body
+
+
 def text(name: str, address: int, length: int) -> str:
     """A decision (or any variant case number) with one text of *length* bytes at *address*, as a body's end."""
     case = {"next": 0, "leave": 1, "rewrite": 2, "answer": 3, "drop": 5, "model": 6, "other": 7}[name]
@@ -211,7 +235,6 @@ def text(name: str, address: int, length: int) -> str:
 
 
 NEXT = text("next", 0, 0)
-ANSWER = text("answer", DATA, 0)
 
 ZERO = (
     f"(i64.store (i32.const {RESULT}) (i64.const 0)) (i64.store (i32.const {RESULT + 8}) (i64.const 0))"
@@ -335,41 +358,36 @@ def _with_parts(names: tuple[str, ...]) -> list[str]:
     return parts
 
 
+def _renamed(definition: str, types: list[str], before: str, after: str) -> str:
+    """*definition*, with the names of *types* in it between *before* and *after*."""
+    for one in types:
+        for end in (")", " "):
+            definition = definition.replace(f"${one}{end}", f"${before}{one}{after}{end}")
+    return definition
+
+
 def _export(name: str, version: str) -> str:
     """One interface: types are named by going through a component, for only named types may be exported."""
     used, functions = EXPORTS[name]
     types = _with_parts(used)
-    out = []
     prefix = f"{name}-"
-    for one in types:
-        definition = TYPES[one]
-        for part in types:
-            definition = definition.replace(f"${part})", f"${prefix}{part})")
-        out.append(f" (type ${prefix}{one} {definition})")
+    out = [f" (type ${prefix}{one} {_renamed(TYPES[one], types, prefix, '')})" for one in types]
     for function, (signature, _, result) in functions.items():
-        outside = signature
-        for one in types:
-            outside = outside.replace(f"${one})", f"${prefix}{one})").replace(f"${one} ", f"${prefix}{one} ")
+        outside = _renamed(signature, types, prefix, "")
         options = ' (memory (core memory $heap "memory")) (realloc (core func $heap "realloc"))'
         after = (
             ' (post-return (core func $heap "freed"))' if result else ' (post-return (core func $heap "freed-none"))'
         )
         out.append(f' (func ${prefix}{function} {outside} (canon lift (core func $core "{function}"){options}{after}))')
     out.append(f" (component ${prefix}shim")
-    for one in types:
-        definition = TYPES[one]
-        out.append(f'  (type ${one}_ {definition}) (import "import-type-{one}" (type ${one} (eq ${one}_)))')
+    out += [f'  (type ${one}_ {TYPES[one]}) (import "import-type-{one}" (type ${one} (eq ${one}_)))' for one in types]
     for function, (signature, _, _) in functions.items():
         out.append(f'  (import "import-func-{function}" (func ${function}_ {signature}))')
     for one in types:
-        definition = TYPES[one]
-        for part in types:
-            definition = definition.replace(f"${part})", f"${part}-out)")
+        definition = _renamed(TYPES[one], types, "", "-out")
         out.append(f'  (type ${one}-again {definition}) (export ${one}-out "{one}" (type ${one}-again))')
     for function, (signature, _, _) in functions.items():
-        outside = signature
-        for one in types:
-            outside = outside.replace(f"${one})", f"${one}-out)").replace(f"${one} ", f"${one}-out ")
+        outside = _renamed(signature, types, "", "-out")
         out.append(f'  (export "{function}" (func ${function}_) (func {outside}))')
     out.append(" )")
     out.append(f" (instance ${prefix}instance (instantiate ${prefix}shim")
@@ -382,9 +400,8 @@ def _export(name: str, version: str) -> str:
 
 def answering(said: str) -> bytes:
     """A bot that always says *said*."""
-    length = len(said.encode())
-    escaped = "".join(f"\\{byte:02x}" for byte in said.encode())
-    return component({"respond": text("answer", DATA, length)}, data=escaped)
+    raw = said.encode()
+    return component({"respond": text("answer", DATA, len(raw))}, data=escaped(raw))
 
 
 class _Memory:
@@ -477,4 +494,4 @@ def giving(results: Mapping[str, Any], *, instead: Mapping[str, str] | None = No
         at = memory.place(memory.value(CONTRACT[interface][function].result, value))
         bodies[function] = f"(i32.const {at})"
     assert len(memory.bytes) < RESULT - DATA, "too much for the constants' room"
-    return component(bodies, data="".join(f"\\{byte:02x}" for byte in memory.bytes), **options)
+    return component(bodies, data=escaped(bytes(memory.bytes)), **options)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -29,12 +32,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if wanting > 30 and not session.config.option.collectonly:
         command = [sys.executable, "-m", "tests.wasm.prepare"]
         quiet = subprocess.DEVNULL
-        _preparing.append(subprocess.Popen(command, cwd=ROOT, stdin=quiet, stdout=quiet, stderr=quiet))
+        started = subprocess.Popen(command, cwd=ROOT, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+        _preparing.append(started)
 
 
 def pytest_sessionfinish() -> None:
     for process in _preparing:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # with all that it has started: installers, compilers
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -1,7 +1,7 @@
 """Changes components and what goes into them, and sees what the host makes of it.
 
 `python -m tests.wasm.fuzz --runs 100000` from the root of the repository, with `tests` and `host` to be found. The runs
-are made in a child process, so that one that ends it is counted, named by its number, and the rest go on;
+are made in child processes, so that one that ends its process is counted, named by its number, and the rest are made;
 `--only NUMBER` makes one run again. What is looked for: a process that ends, an exception that is not one of those that
 say what a guest did, a deadline that was overrun by more than 20 ms (three times in a row: other processes take their
 time too), a Store that is left.
@@ -16,17 +16,18 @@ import collections
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import wasmtime
 from tests.wasm.alone import alone, owner
-from tests.wasm.components import DATA, DEEP, DEEPLY, NEXT, component, giving, text, when_shouted
+from tests.wasm.components import DATA, DEEP, DEEPLY, NEXT, component, giving, section, text, when_shouted
 from wasmtime.component import Component
 
 from hotdesk.errors import LoadFailed
@@ -36,6 +37,7 @@ from hotdesk.runtime.wasm_calls import GuestError, GuestFault, GuestTimeout
 from hotdesk.runtime.wasm_guest import _good
 from hotdesk.runtime.wasm_hooks import _Hooks
 from hotdesk.runtime.wasm_imports import IMPORTED, failure
+from hotdesk.runtime.wit_binary import read_number
 from hotdesk.runtime.wit_contract import EXPORTS
 from hotdesk.runtime.wit_engine import new_engine
 from hotdesk.runtime.wit_inspect import inspect_component
@@ -48,6 +50,9 @@ EDGES = (b"\0", b"\xff", b"\x7f", b"\x80\x80\x80\x80\x08", b"\xff\xff\xff\xff\x0
 DEADLINE_S = 0.03
 OVERRUN_S = 0.02
 TRIES = 3
+
+NOTE = 64
+"""Bytes at the beginning of a child's standard error that say which run and step it has begun."""
 
 
 def seeds() -> list[bytes]:
@@ -81,17 +86,12 @@ def seeds() -> list[bytes]:
 
 
 def sections(data: bytes) -> list[bytes]:
-    """A component's sections, each with its header."""
+    """A component's sections, each with its header. Raises `ValueError` where a size makes no sense."""
     found, at = [], 8
     while at < len(data):
-        end, size, shift = at + 1, 0, 0
-        while True:
-            byte = data[end]
-            end, size, shift = end + 1, size | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                break
-        found.append(data[at : end + size])
-        at = end + size
+        size, start = read_number(data, at + 1, len(data))
+        found.append(data[at : start + size])
+        at = start + size
     return found
 
 
@@ -124,26 +124,17 @@ def _changed_within(chance: random.Random, data: bytes) -> bytes:
     """A change inside one of the sections, of a module inside too, whose sizes are right again afterwards."""
     try:
         parts = sections(data)
-    except IndexError:
+    except ValueError:
         return _changed_bytes(chance, data)
     if not parts:
         return _changed_bytes(chance, data)
     at = chance.choices(range(len(parts)), weights=[len(part) for part in parts])[0]
-    head = 1
-    while parts[at][head] & 0x80:
-        head += 1
-    body = parts[at][head + 1 :]
+    _, start = read_number(parts[at], 1, len(parts[at]))
+    body = parts[at][start:]
     inside = body[:4] == b"\0asm" and chance.random() < 0.8
     body = _changed_within(chance, body) if inside else _changed_bytes(chance, body)
-    parts[at] = parts[at][:1] + _size(len(body)) + body
+    parts[at] = section(parts[at][0], body)
     return data[:8] + b"".join(parts)
-
-
-def _size(value: int) -> bytes:
-    made = b""
-    while value > 0x7F:
-        made, value = made + bytes([value & 0x7F | 0x80]), value >> 7
-    return made + bytes([value])
 
 
 def _changed_bytes(chance: random.Random, raw: bytes) -> bytes:
@@ -331,7 +322,6 @@ def run_child(seed: int, first: int, last: int, note: Callable[[str], None]) -> 
         fuzz = Fuzz(seed)
         number = first
         fuzz.stage = lambda stage: note(f"{number} {stage}")
-        before = resident()
         try:
             for number in range(first, last):
                 note(f"{number} inspect")
@@ -341,14 +331,9 @@ def run_child(seed: int, first: int, last: int, note: Callable[[str], None]) -> 
                     fuzz.findings.append(f"run {number}: {type(exc).__name__}: {str(exc)[:200]}")
         finally:
             fuzz.machine.close()
-        grown = resident() - before
-        return {"counts": fuzz.counts, "findings": fuzz.findings, "worst_ms": fuzz.worst * 1000, "grown": grown}
+        return {"counts": fuzz.counts, "findings": fuzz.findings, "worst_ms": fuzz.worst * 1000}
 
     return asyncio.run(run_all())
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def main() -> int:
@@ -362,49 +347,56 @@ def main() -> int:
     if given.only is not None:
         chance = random.Random(f"{given.seed}/{given.only}")
         out.write(f"{base64.b64encode(changed(chance, seeds())).decode()}\n")
-        out.write(f"{json.dumps(run_child(given.seed, given.only, given.only + 1, str))}\n")
+        out.write(f"{json.dumps(run_child(given.seed, given.only, given.only + 1, lambda _: None))}\n")
         return 0
     if given.child:
-        fd = os.dup(1)
+        os.lseek(2, NOTE, os.SEEK_SET)  # what is said as the process ends stands after the note
 
         def note(line: str) -> None:
-            os.pwrite(2, line.encode().ljust(40), 0)  # a file, of which the parent reads the last words
+            os.pwrite(2, line.encode().ljust(NOTE), 0)  # a file, which the parent reads
 
-        found = run_child(given.seed, *given.child, note)
-        os.write(fd, json.dumps(found).encode())
+        first, last = given.child
+        out.write(json.dumps(run_child(given.seed, first, last, note)))
         return 0
     totals: collections.Counter[str] = collections.Counter()
     findings: list[str] = []
-    worst, first, started = 0.0, 0, time.monotonic()
-    while first < given.runs:
+    worst, started = 0.0, time.monotonic()
+    for first in range(0, given.runs, 5000):
         last = min(first + 5000, given.runs)
-        result, at = _child(given.seed, first, last)
-        if isinstance(result, dict):
-            totals.update(result["counts"])
-            findings += result["findings"]
-            worst = max(worst, result["worst_ms"])
-            out.write(f"{last:,} runs, {time.monotonic() - started:.0f} s, {dict(totals)}, {len(findings)} findings\n")
-            first = last
-        else:
-            number, stage = at.split()
-            findings.append(f"run {number}: the process ended with {result} in the step '{stage}'")
-            first = int(number) + 1
+        for found in _found(given.seed, first, last):
+            totals.update(found["counts"])
+            findings += found["findings"]
+            worst = max(worst, found["worst_ms"])
+        out.write(f"{last:,} runs, {time.monotonic() - started:.0f} s, {dict(totals)}, {len(findings)} findings\n")
         out.flush()
     out.write(f"{given.runs:,} runs: {dict(totals)}; the longest overrun {worst:.1f} ms; {len(findings)} findings\n")
     out.write("".join(f"  {one}\n" for one in findings[:50]))
     return 1 if findings else 0
 
 
-def _child(seed: int, first: int, last: int) -> tuple[dict[str, Any] | int, str]:
-    """A process that makes some of the runs: what it found, or how it ended; and what it began last."""
-    import tempfile
+def _found(seed: int, first: int, last: int) -> Iterator[dict[str, Any]]:
+    """What child processes found in the runs from *first* up to *last*.
 
+    A process that ends takes with it what it had found: the runs before the one that ended it are made again.
+    """
+    if first >= last:
+        return
     with tempfile.TemporaryFile() as said:
         command = [sys.executable, "-m", "tests.wasm.fuzz", "--seed", str(seed), "--child", str(first), str(last)]
         ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=said, check=False)
         said.seek(0)
-        at = said.read(40).decode(errors="replace")
-    return (json.loads(ended.stdout), at) if ended.returncode == 0 else (ended.returncode, at)
+        note, words = said.read(NOTE), " ".join(said.read(1000).decode(errors="replace").split())
+    if ended.returncode == 0:
+        yield json.loads(ended.stdout)
+        return
+    at = re.fullmatch(rb"(\d+) (\w+) *", note)
+    if at is None:
+        raise SystemExit(f"the process of the runs from {first} ended with {ended.returncode}: {note!r} {words}")
+    number, stage = int(at[1]), at[2].decode()
+    finding = f"run {number}: the process ended with {ended.returncode} in the step '{stage}': {words[:200]}"
+    yield {"counts": {"ended the process": 1}, "findings": [finding], "worst_ms": 0.0}
+    yield from _found(seed, first, number)
+    yield from _found(seed, number + 1, last)
 
 
 if __name__ == "__main__":

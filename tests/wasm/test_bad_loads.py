@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import wasmtime
+from tests.wasm.alone import alone
 from tests.wasm.components import (
     FOREIGN,
     LOOP,
@@ -17,6 +18,8 @@ from tests.wasm.components import (
     answering,
     component,
     giving,
+    leb,
+    section,
 )
 from tests.wasm.conftest import StartGuests
 from tests.wasm.test_amounts import listing
@@ -132,11 +135,11 @@ BAD: dict[str, tuple[Any, str, str]] = {
         "not as an interface",
     ),
     "a host function that there is not": (
-        lambda: exporting(
-            "", "hotdesk:plugin/bot@1.0.0", '(import "hotdesk:plugin/base@1.0.0" (instance (export "shout" (func))))'
+        lambda: component(
+            {"respond": NEXT}, wrap='(import "hotdesk:plugin/base@1.0.0" (instance (export "shout" (func))))'
         ),
         "inspect",
-        "",
+        "base.shout, which the contract does not have",
     ),
     "an import that no host has": (
         lambda: exporting("", imports='(import "acme:database/store@1.0.0" (instance))'),
@@ -251,14 +254,28 @@ def phis(count: int) -> str:
     )
 
 
+def checks(tables: int) -> bytes:
+    """A component with a function that is checked for half a second for each of *tables*.
+
+    A table has 60,000 branches out of a block that gives 1,000 values, and for each branch all of these are looked at.
+    That needs no memory, and a second core is of no use.
+    """
+    branches, values = 60_000, 1000
+    types = leb(2) + b"\x60\0" + leb(values) + b"\x7f" * values + b"\x60\0\0"  # of the block, and of the function
+    table = b"\x0e" + leb(branches) + b"\0" * (branches + 1)
+    code = b"\0" + b"\x02\0" + b"\0" + table * tables + b"\x0b" + b"\0\x0b"  # no locals, block, unreachable, end
+    functions = section(3, b"\1\1") + section(10, leb(1) + leb(len(code)) + code)
+    return component({"respond": NEXT}) + section(1, b"\0asm\1\0\0\0" + section(1, types) + functions)
+
+
 BOMBS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a hundred thousand functions": (
         lambda: component({"respond": NEXT}, more="(func (result i32) (i32.const 1))" * 100_000),
         {"wasm_compile_mb": 256},
         "`wasm_compile_mb`",
     ),
-    "functions that take long": (
-        lambda: component({"respond": NEXT}, more=f"(func (local $n i32) (local $m i32) {phis(10_000)})" * 150),
+    "a function that takes long": (
+        lambda: checks(30),
         {"wasm_compile_timeout_s": 0.8},
         "compiling it took over 0.8 s (`wasm_compile_timeout_s`)",
     ),
@@ -299,7 +316,7 @@ async def test_a_compile_bomb_is_bounded(start_guests: StartGuests, kind: str) -
     ids=["50,000 blocks deep", "a table of 60,000 branches", "an expression 3,000 deep"],
 )
 async def test_deep_code_is_compiled_or_refused(start_guests: StartGuests, body: str) -> None:
-    """Nesting that would overflow a compiler that recurses ends as an answer or as a refusal, and quickly."""
+    """Nesting that would overflow a compiler that recurses ends as an answer or as a refusal."""
     desk = await start_guests({**FILES, "bad.wasm": component({"respond": body + NEXT})}, wasm_compile_mb=512)
     await wait_until(lambda: any(event.get("plugin") == "bad" for event in desk.events), "it is loaded, or refused")
     assert await desk.reply("!") == "the next one"
@@ -319,7 +336,22 @@ def test_a_component_cut_at_any_byte_is_refused(machine: Machine) -> None:
     assert len(whole) < 30, "there are about as many sections after the first export"
 
 
-def test_zero_is_what_any_function_may_give(machine: Machine) -> None:
+ZEROS: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "lifecycle.setup": (("{}",), (True, None)),
+    "lifecycle.configure": (("{}",), (True, False)),
+    "lifecycle.probe": ((), (True, None)),
+    "lifecycle.export-state": ((), None),
+    "lifecycle.import-state": (("{}", "1"), (True, None)),
+    "delivery.deliver": (("c", ("hello", "{}")), (True, None)),
+    "tools.list-tools": ((), []),
+    "tools.call-tool": (("t", "{}"), (True, "")),
+}
+"""Functions with arguments, and what `ZERO` gives for each."""
+
+
+async def test_zero_is_what_any_function_may_give(machine: Machine) -> None:
     """The default bodies of these tests are themselves good."""
-    for function in ("setup", "deliver", "list-tools"):
-        assert Component(machine.engine, component({function: ZERO}))
+    async with alone(machine, component({name.partition(".")[2]: ZERO for name in ZEROS})) as guest:
+        await guest.call("")
+        for name, (given, gives) in ZEROS.items():
+            assert (await guest.call(name, *given)).value == gives, name

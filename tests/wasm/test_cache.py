@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.metadata
 import os
+import platform
 import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.wasm.components import NEXT, answering, component
 from tests.wasm.conftest import StartGuests
@@ -20,6 +23,7 @@ from conftest import wait_until
 from hotdesk.errors import LoadFailed
 from hotdesk.runtime.wasm_cache import MAGIC, STALE_S, SUFFIX, CodeCache
 from hotdesk.runtime.wasm_compiler import Compiler
+from hotdesk.runtime.wit_engine import build_key
 
 SMALL = answering("from the cache")
 SLOW = component({"respond": phis(90_000) + NEXT})
@@ -163,7 +167,7 @@ def digest_of(data: bytes) -> str:
 
 
 async def test_the_key_has_all_that_native_code_depends_on(compiler: Compiler, tmp_path: Path, log: Log) -> None:
-    """Another component, or another build of wasmtime or processor: another entry."""
+    """Another component, or another key of the machine: another entry."""
     other = Compiler(open_cache(tmp_path / "c", log), key="another", max_mb=1024, timeout_s=20.0, niceness=5)
     assert len({compiler.key_of("a"), compiler.key_of("b"), other.key_of("a"), other.key_of("b")}) == 4
     await compiler.compile("p", SMALL, digest_of(SMALL))
@@ -171,6 +175,34 @@ async def test_the_key_has_all_that_native_code_depends_on(compiler: Compiler, t
     assert await other.cached(digest_of(SMALL)) is None
     assert await compiler.cached(digest_of(b"other bytes")) is None
     await other.aclose()
+
+
+def test_another_wasmtime_settings_or_processor_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone, for code that was made for another crashes or is wrong; the same again is the same."""
+    keys = {build_key()}
+    assert build_key() in keys
+    for module, name in ((importlib.metadata, "version"), (platform, "machine")):
+        with monkeypatch.context() as other:
+            other.setattr(module, name, lambda *_: "another")
+            keys.add(build_key())
+    read = Path.read_bytes
+    for changed in ("cpuinfo", "wit_engine.py", "wit_names.py", "wit_binary.py", "wit_compile.py"):
+        with monkeypatch.context() as other:
+            other.setattr(Path, "read_bytes", lambda path, c=changed: b"flags\n" * (path.name == c) + read(path))
+            keys.add(build_key())
+    assert len(keys) == 1 + 2 + 5
+
+
+async def begin_compiling(compiler: Compiler) -> tuple[asyncio.Task[bytes], asyncio.subprocess.Process]:
+    """Compile `SLOW`: the task, and the process that is in the middle of it."""
+    await compiler.compile("p", SMALL, digest_of(SMALL))  # it runs
+    process = compiler._process
+    assert process is not None
+    seen = psutil.Process(process.pid)
+    before = seen.cpu_times().user
+    compiling = asyncio.create_task(compiler.compile("p", SLOW, digest_of(SLOW)))
+    await wait_until(lambda: seen.cpu_times().user >= before + 0.1, "it compiles")
+    return compiling, process
 
 
 async def test_code_that_was_made_in_a_hurry_is_not_kept(compiler: Compiler) -> None:
@@ -181,12 +213,7 @@ async def test_code_that_was_made_in_a_hurry_is_not_kept(compiler: Compiler) -> 
 
 async def test_a_compiler_that_is_killed_is_a_failed_compile(compiler: Compiler, tmp_path: Path) -> None:
     """Killed in the middle: the reason is told, no half file is left, and the next component compiles."""
-    await compiler.compile("p", SMALL, digest_of(SMALL))  # it runs
-    compiling = asyncio.create_task(compiler.compile("p", SLOW, digest_of(SLOW)))
-    process = compiler._process
-    assert process is not None
-    await wait_until(lambda: compiler._lock.locked(), "it compiles")
-    await asyncio.sleep(0.05)
+    compiling, process = await begin_compiling(compiler)
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(LoadFailed, match="ended the compiler \\(signal 9\\)"):
         await compiling
@@ -198,10 +225,7 @@ async def test_a_compiler_that_is_killed_is_a_failed_compile(compiler: Compiler,
 
 async def test_a_compile_that_nobody_waits_for_ends(compiler: Compiler, tmp_path: Path) -> None:
     """A cancelled compile ends its process at once: it does not use up a core for nothing."""
-    compiling = asyncio.create_task(compiler.compile("p", SLOW, digest_of(SLOW)))
-    await wait_until(lambda: compiler._process is not None, "it has begun")
-    process = compiler._process
-    assert process is not None
+    compiling, process = await begin_compiling(compiler)
     compiling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await compiling
@@ -231,20 +255,20 @@ async def test_garbage_is_an_error_and_not_the_end_of_the_compiler(compiler: Com
     assert compiler._process is process
 
 
-async def test_nothing_native_is_read_from_the_plugin_folder(start_guests: StartGuests, native_folder: Path) -> None:
+async def test_nothing_native_is_read_from_the_plugin_folder(start_guests: StartGuests, tmp_path: Path) -> None:
     """Native code beside a plugin, under any name that a cache might have, is never loaded."""
-    native = next((p for p in native_folder.glob(f"*{SUFFIX}")), None)
-    planted = native.read_bytes() if native is not None else MAGIC + bytes(100)
-    files: dict[str, Any] = {
-        f"bot/plugin{suffix}": planted for suffix in (SUFFIX, ".cwasm", ".wasm.native", ".so", ".compiled")
-    }
+    other = await start_guests({"bot.wasm": answering("planted")}, wasm_cache=str(tmp_path / "other"))
+    assert await other.reply() == "planted"
+    [entry] = (tmp_path / "other").glob(f"*{SUFFIX}")
+    planted = entry.read_bytes()
+    names = [f"plugin{suffix}" for suffix in (SUFFIX, ".cwasm", ".wasm.native", ".so", ".compiled")]
+    files: dict[str, Any] = {f"bot/{name}": planted for name in (*names, entry.name)}
     desk = await start_guests({"bot/plugin.wasm": SMALL, **files})
     assert await desk.reply() == "from the cache"
     desk.write("bot/plugin.wasm", planted)
     failed = await desk.wait_event("plugin_failed", plugin="bot")
     assert "it is not WebAssembly" in failed["message"]
-    elf = next(iter(native_folder.glob(f"*{SUFFIX}"))).read_bytes()[len(MAGIC) + 32 :]
-    desk.write("bot/plugin.wasm", elf)
+    desk.write("bot/plugin.wasm", planted[len(MAGIC) + 32 :])
     await wait_until(lambda: sum(e["kind"] == "plugin_failed" for e in desk.events) == 2, "it is refused too")
     assert await desk.reply() == "from the cache"
 
@@ -259,8 +283,9 @@ async def test_a_damaged_cache_is_compiled_around(start_guests: StartGuests, tmp
     entry.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     second = await start_guests({"bot.wasm": SMALL}, wasm_cache=str(folder))
     assert await second.reply() == "from the cache"
-    assert entry.read_bytes()[: len(MAGIC)] == MAGIC
-    assert len(entry.read_bytes()) == len(whole)
+    mended = entry.read_bytes()
+    assert mended[: len(MAGIC)] == MAGIC
+    assert mended[len(MAGIC) : len(MAGIC) + 32] == hashlib.sha256(mended[len(MAGIC) + 32 :]).digest()
 
 
 async def test_a_compiler_that_was_killed_while_it_waited_is_started_again(compiler: Compiler) -> None:
