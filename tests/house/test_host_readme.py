@@ -141,13 +141,3 @@ async def test_every_command_of_the_page_runs(start_desk: StartDesk) -> None:
         out, err = await process.communicate()
         timed_out = process.returncode == 28 and "-N" in command
         assert process.returncode == 0 or timed_out, (line, out, err)
-
-
-def test_every_link_of_the_page_leads_somewhere() -> None:
-    """Anchors have their heading, and files exist."""
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
-    for target in re.findall(r"\]\((.*?)\)", README):
-        file, _, anchor = target.partition("#")
-        assert (ROOT / "host" / file).exists()
-        if not file:
-            assert anchor in headings, target

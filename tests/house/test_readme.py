@@ -17,6 +17,11 @@ from hotdesk.config import load_config
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for pattern in ("README.md", "[!.]*/README.md", "sdk/*/README.md", "examples/*/README.md")
+    for page in ROOT.glob(pattern)
+)
 
 
 def steps(block: str) -> list[tuple[str, str]]:
@@ -41,23 +46,24 @@ def matches(shown: str, real: str) -> bool:
     return re.fullmatch(pattern, real.strip(), re.S) is not None
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("about", ["Python", "components too"])
+@pytest.mark.parametrize(
+    "about",
+    ["Python", pytest.param("components", marks=pytest.mark.timeout(300))],  # those may install a toolchain
+)
 async def test_the_readme_runs(about: str, start_desk: StartDesk, tmp_path: Path) -> None:
     """Somebody who types what the README says sees what it shows."""
     plugins = tmp_path / "plugins"
     shutil.copytree(ROOT / "plugins", plugins, ignore=shutil.ignore_patterns("__pycache__"))
     desk = await start_desk(folder=plugins)
     blocks = [body for language, body in FENCE.findall((ROOT / "README.md").read_text()) if language == "console"]
+    blocks = [block for block in blocks if ("--lang" in block) is (about == "components")]
     assert blocks
-    if about != "Python":
+    toolchain: dict[str, str] = {}
+    if about == "components":
         try:
             toolchain = await asyncio.to_thread(js.ensure)
         except Unavailable as exc:
             pytest.skip(str(exc))
-    else:
-        toolchain = {}
-    blocks = [block for block in blocks if about != "Python" or "--lang" not in block]
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{toolchain.get('PATH', os.environ['PATH'])}",
@@ -114,12 +120,16 @@ def test_ci_says_make_test_like_the_readme() -> None:
     assert "make test" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("readme", ["README.md", "plugins/README.md", "host/README.md", "sdk/python/README.md"])
-def test_links_lead_somewhere(readme: str) -> None:
-    """Every relative link of a README leads to a file."""
-    path = ROOT / readme
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
-        assert (path.parent / target).exists(), f"{readme}: {target}"
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """Of every link within the repository the file exists, and the heading where it names one."""
+    for target in re.findall(r"\]\(([^):]*)\)", (ROOT / page).read_text()):
+        file, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / file if file else ROOT / page
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
 
 
 async def test_the_sdk_readme_runs(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -13,7 +15,7 @@ from tests.load.report import Figure, run_main
 from tests.load.sources import CENSUS, dirty
 from tests.load.swaps import replace_file
 
-__all__ = ["measure"]
+__all__ = ["ALIVE", "count_guests", "growth_kib", "measure", "settle", "swap"]
 
 ALIVE = "hotdesk_generations_alive"
 LOAD_S = 10.0
@@ -33,16 +35,16 @@ async def measure(short: bool) -> list[Figure]:
         for versions in (range(1, warm_up + 1), range(warm_up + 1, swaps + 1)):
             usages.clear()
             for version in versions:
-                await swap(desk, server, version)
+                await swap(desk, server, "dirty.py", data=dirty(version).encode(), mark=f"v{version}")
                 usages.append(server.usage())
                 alive.append(await desk.metric(ALIVE) - others)
-            alive_at_rest = await settle(desk, others)
+            at_rest = await settle(desk, {ALIVE: others + 1})
             counts.append(await count_guests(desk, server))
         desk.close()
     return [
         Figure("swaps", swaps),
         Figure("generations alive, at most", max(alive), at_most=3),
-        Figure("generations alive at rest", alive_at_rest, at_most=1),
+        Figure("generations alive at rest", at_rest[ALIVE] - others, at_most=1),
         *(Figure(f"{what} more", number - counts[0][what], at_most=0) for what, number in counts[1].items()),
         Figure("RSS at the start", cold.rss_bytes / 2**20, "MiB"),
         Figure("RSS at the end", usages[-1].rss_bytes / 2**20, "MiB"),
@@ -51,27 +53,44 @@ async def measure(short: bool) -> list[Figure]:
     ]
 
 
-async def swap(desk: Desk, server: Server, version: int) -> None:
-    """Replace the file, wait until its code is ACTIVE, and have it answer."""
-    before = (await desk.plugin("dirty")).generation or 0
-    replace_file(server.plugins / "dirty.py", dirty(version), "rename")
+async def look_away() -> None:
+    """What there is to look at while a swap goes on, where nothing is."""
+
+
+async def swap(
+    desk: Desk,
+    server: Server,
+    file: str,
+    *,
+    data: bytes,
+    mark: str,
+    look: Callable[[], Awaitable[None]] = look_away,
+) -> None:
+    """Replace a plugin's file, wait until its code is ACTIVE, and have it answer with *mark*; *look* all the while."""
+    plugin = Path(file).stem
+    before = (await desk.plugin(plugin)).generation or 0
+    replace_file(server.plugins / file, data)
     began = perf_counter()
-    while (status := await desk.plugin("dirty")).state != "ACTIVE" or (status.generation or 0) <= before:
+    while (status := await desk.plugin(plugin)).state != "ACTIVE" or (status.generation or 0) <= before:
         if perf_counter() - began > LOAD_S:
-            raise RuntimeError(f"version {version} is not serving: {status}\n{server.log_tail()}")
+            raise RuntimeError(f"{mark} is not serving: {status}\n{server.log_tail()}")
+        await look()
         await asyncio.sleep(0.005)
-    taken = await desk.say("leak", f"m{version}", "who is there?")
-    if not taken.replies or f"[v{version}]" not in taken.replies[0].text:
-        raise RuntimeError(f"version {version} did not answer: {taken}")
+    await look()
+    taken = await desk.say("leak", f"m-{mark}", "who is there?")
+    if not taken.replies or f"[{mark}]" not in taken.replies[0].text:
+        raise RuntimeError(f"{mark} did not answer: {taken}")
+    await look()
 
 
-async def settle(desk: Desk, others: float) -> float:
-    """Give the last drain its time; return the generations of the plugin that are alive then."""
+async def settle(desk: Desk, most: Mapping[str, float]) -> dict[str, float]:
+    """Give the last drain its time, until each metric is at its *most* or below; return what they are then."""
     for _ in range(round(LOAD_S * 10)):
-        if await desk.metric(ALIVE) - others <= 1:
+        found = {name: await desk.metric(name) for name in most}
+        if all(found[name] <= most[name] for name in most):
             break
         await asyncio.sleep(0.1)
-    return await desk.metric(ALIVE) - others
+    return found
 
 
 async def count_guests(desk: Desk, server: Server) -> dict[str, int]:

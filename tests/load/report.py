@@ -6,7 +6,8 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tests.load.checker import KINDS, Verdict
 
-__all__ = ["Figure", "Measure", "judged", "print_table", "result_of", "run_main"]
+__all__ = ["Figure", "Measure", "judged", "print_table", "ratio", "result_of", "run_main"]
 
 
 class Figure(msgspec.Struct, frozen=True):
@@ -51,6 +52,11 @@ Measure = Callable[[bool], Awaitable[list[Figure]]]
 def judged(verdict: Verdict) -> list[Figure]:
     """The checker's counts as figures, each of which must be 0."""
     return [Figure(kind, verdict.count(kind), at_most=0) for kind in KINDS]
+
+
+def ratio(rounds: Mapping[str, list[float]], one: str, other: str) -> float:
+    """*one* by *other*, the median over the rounds: both of a round had the same machine."""
+    return median(a / b for a, b in zip(rounds[one], rounds[other], strict=True))
 
 
 def result_of(name: str, figures: list[Figure]) -> dict[str, Any]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from tests.load.checker import judge
 from tests.load.client import Load, open_loop, percentile
 from tests.load.desk import (
     Desk,
+    Entry,
     message_request,
     note_taken,
     read_taken,
@@ -27,31 +30,33 @@ from tests.load.report import Figure, judged, run_main
 from tests.load.sources import marked
 from tests.load.streams import stream_turns
 
-__all__ = ["measure"]
+__all__ = ["RATE", "STREAMS", "Traffic", "measure", "replace_file", "with_mark"]
 
 RATE = 500
 CONVERSATIONS = 250
 STREAMS = 4
-# A swap that nobody sees the effect of within this is counted as unseen, and the next one is made.
-UNSEEN_S = 5.0
 
 
 @dataclass(slots=True)
-class _Run:
-    """One run's traffic and edits. `awaited` is the version that the newest edit brings."""
+class Traffic:
+    """One host's traffic and swaps. `awaited` says of a reply whether the newest edit made it.
+
+    A swap that nobody sees the effect of within *unseen_s* is counted as unseen, and the next one is made.
+    """
 
     server: Server
+    texts: tuple[str, ...] = ("message",)
+    unseen_s: float = 5.0
     history: History = field(default_factory=History)
-    waits: dict[str, list[float]] = field(default_factory=lambda: {"rename": [], "in place": []})
     unseen: int = 0
-    awaited: str = ""
+    awaited: Callable[[Entry], bool] = bool
     seen: asyncio.Future[float] | None = None
     over: bool = False
 
     def send(self, n: int) -> bytes:
         conversation, id = f"c{random.randrange(CONVERSATIONS)}", f"m{n}"
         self.history.add(Sent(conversation=conversation, id=id, time=perf_counter()))
-        return message_request(conversation, id, f"message {n}")
+        return message_request(conversation, id, f"{self.texts[n % len(self.texts)]} {n}")
 
     def take(self, n: int, status: int, body: bytes) -> bool:
         now = perf_counter()
@@ -59,52 +64,78 @@ class _Run:
             return False
         taken = read_taken(body)
         note_taken(self.history, taken, now)
-        if self.seen and not self.seen.done() and any(self.awaited in reply.marks for reply in taken.replies):
+        if self.seen and not self.seen.done() and any(map(self.awaited, taken.replies)):
             self.seen.set_result(now)
         return status == 200
 
-    async def edit(self, edits: list[str], seconds: float) -> None:
-        """Make all *edits* within *seconds*, each when the one before was seen to serve."""
-        target = self.server.plugins / "marked.py"
-        began = perf_counter()
-        for number, how in enumerate(edits, start=1):
-            due = began + seconds * (number - random.random() / 2) / len(edits)
-            await asyncio.sleep(max(0.0, due - perf_counter()))
-            self.awaited, self.seen = f"v{number}", asyncio.get_running_loop().create_future()
-            changed = replace_file(target, marked(number), how)
-            try:
-                self.waits[how].append(await asyncio.wait_for(self.seen, UNSEEN_S) - changed)
-            except TimeoutError:
-                self.unseen += 1
+    async def replace(
+        self, target: Path, data: bytes, awaited: Callable[[Entry], bool], *, into: list[float], how: str = "rename"
+    ) -> None:
+        """Change *target* to *data*, and note the seconds to the first answer of which *awaited* is true."""
+        self.awaited, self.seen = awaited, asyncio.get_running_loop().create_future()
+        changed = await asyncio.to_thread(replace_file, target, data, how)
+        try:
+            into.append(await asyncio.wait_for(self.seen, self.unseen_s) - changed)
+        except TimeoutError:
+            self.unseen += 1
 
     async def stream(self, conversation: str) -> None:
         """One streamed turn after the other, until the run is over."""
         await stream_turns(self.server.port, conversation, self.history, lambda: self.over)
 
+    async def run(
+        self, edits: Callable[[], Coroutine[Any, Any, None]], seconds: float, *, streams: int = STREAMS
+    ) -> Load:
+        """The traffic, the streams and the edits side by side, then the record is read back."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(streams):
+                group.create_task(self.stream(f"stream-{number}"))
+            group.create_task(edits())
+            load = await open_loop(self.server.port, self.send, self.take, rate=RATE, seconds=seconds)
+            self.over = True
+        desk = Desk(self.server)
+        for conversation in {event.conversation: None for event in self.history.events}:
+            for entry in await desk.read_record(conversation, perf_counter()):
+                self.history.add(entry)
+        desk.close()
+        return load
+
+
+def with_mark(mark: str) -> Callable[[Entry], bool]:
+    """Whether a reply has *mark* among its marks."""
+    return lambda reply: mark in reply.marks
+
 
 async def measure(short: bool) -> list[Figure]:
-    """Traffic, edits and streams side by side; then the record is read back and the history judged."""
+    """Traffic, edits and streams side by side; then the history is judged."""
     seconds, renames, in_place = (8.0, 12, 2) if short else (210.0, 300, 20)
     edits = ["rename"] * renames + ["in place"] * in_place
     random.shuffle(edits)
+    waits: dict[str, list[float]] = {"rename": [], "in place": []}
     async with running_host("swaps", {"marked.py": marked(0)}) as server:
-        run = _Run(server)
-        load = await drive(run, edits, seconds)
-        desk = Desk(server)
-        for conversation in {event.conversation: None for event in run.history.events}:
-            for entry in await desk.read_record(conversation, perf_counter()):
-                run.history.add(entry)
-        desk.close()
-    run.history.save(OUT / "swaps.jsonl")
-    verdict = judge(run.history.events)
-    renamed = run.waits["rename"]
+        traffic = Traffic(server)
+        target = server.plugins / "marked.py"
+
+        async def edit() -> None:
+            """All edits, each when the one before was seen to serve; the traffic lasts a little longer than they."""
+            began = perf_counter()
+            for number, how in enumerate(edits, start=1):
+                due = began + (seconds - 1.0) * (number - random.random() / 2) / len(edits)
+                await asyncio.sleep(max(0.0, due - perf_counter()))
+                changed, mark = marked(number).encode(), with_mark(f"v{number}")
+                await traffic.replace(target, changed, mark, into=waits[how], how=how)
+
+        load = await traffic.run(edit, seconds)
+    traffic.history.save(OUT / "swaps.jsonl")
+    verdict = judge(traffic.history.events)
+    renamed = waits["rename"]
     return [
-        Figure("swaps seen", len(renamed) + len(run.waits["in place"])),
-        Figure("swaps unseen", run.unseen, at_most=0),
+        Figure("swaps seen", len(renamed) + len(waits["in place"])),
+        Figure("swaps unseen", traffic.unseen, at_most=0),
         Figure("rename to first answer, p50", percentile(renamed, 50) * 1000, "ms", at_most=35),
         Figure("rename to first answer, p99", percentile(renamed, 99) * 1000, "ms", at_most=90),
         Figure("rename to first answer, max", percentile(renamed, 100) * 1000, "ms", at_most=500),
-        Figure("in place to first answer, max", percentile(run.waits["in place"], 100) * 1000, "ms", at_most=500),
+        Figure("in place to first answer, max", percentile(waits["in place"], 100) * 1000, "ms", at_most=500),
         Figure("turns", verdict.replies, at_least=None if short else 100_000),
         Figure("streams across swaps", verdict.streams),
         Figure(f"turn p50 at {RATE}/s", load.percentile_ms(50), "ms"),
@@ -115,25 +146,14 @@ async def measure(short: bool) -> list[Figure]:
     ]
 
 
-async def drive(run: _Run, edits: list[str], seconds: float) -> Load:
-    """The traffic lasts a little longer than the edits, so that the last one is seen too."""
-    async with asyncio.TaskGroup() as group:
-        for number in range(STREAMS):
-            group.create_task(run.stream(f"stream-{number}"))
-        group.create_task(run.edit(edits, seconds - 1.0))
-        load = await open_loop(run.server.port, run.send, run.take, rate=RATE, seconds=seconds)
-        run.over = True
-    return load
-
-
-def replace_file(target: Path, source: str, how: str) -> float:
+def replace_file(target: Path, data: bytes, how: str = "rename") -> float:
     """Change *target*, and return the time just before the change could be seen."""
     if how == "in place":
         changed = perf_counter()
-        target.write_text(source)
+        target.write_bytes(data)
         return changed
     staged = target.parent.parent / target.name
-    staged.write_text(source)
+    staged.write_bytes(data)
     changed = perf_counter()
     os.replace(staged, target)
     return changed

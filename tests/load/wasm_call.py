@@ -20,7 +20,7 @@ import extism  # type: ignore[import-untyped]
 import msgspec
 import wasmtime
 from tests.load.hosts import work_folder
-from tests.load.report import Figure, run_main
+from tests.load.report import Figure, ratio, run_main
 from tests.load.sources import FAQ
 from tests.load.wasm_sources import masking
 from wasmtime.component import Component, Linker
@@ -67,7 +67,7 @@ async def measure(short: bool) -> list[Figure]:
     rounds, turns, turn_rounds = (15, 640, 2) if short else (200, 6_400, 7)
     configure_logs("json", "error")
     async with _host({"mask.wasm": masking(), "faq.py": FAQ.encode()}) as host:
-        generation = next(one.current for one in host.plugins.entries if one.name == "mask")
+        generation = host.plugins.entry("mask").current
         assert generation is not None
         guest = generation.guest
         assert guest is not None
@@ -108,8 +108,8 @@ async def measure(short: bool) -> list[Figure]:
         Figure("a message through a middleware and back", median(walls["ours"]), "µs"),
         Figure("the package's call, text to text", median(walls["package"]), "µs"),
         Figure("Extism's, JSON to JSON", median(walls["extism"]), "µs"),
-        Figure("ours beside the package's", _ratio(walls, "ours", "package"), "times", at_most=3),
-        Figure("ours beside Extism's", _ratio(walls, "ours", "extism"), "times", at_most=2),
+        Figure("ours beside the package's", ratio(walls, "ours", "package"), "times", at_most=3),
+        Figure("ours beside Extism's", ratio(walls, "ours", "extism"), "times", at_most=2),
         Figure("Extism's in a thread of asyncio's", median(walls["thread"]), "µs"),
         Figure("before and after", median(walls["both"]), "µs"),
         Figure("with 4 KiB of text", median(walls["ours 4"]), "µs"),
@@ -120,11 +120,6 @@ async def measure(short: bool) -> list[Figure]:
         Figure("CPU of Extism's", median(cpus["extism"]), "µs of CPU"),
         *(Figure(f"CPU of a turn {kind}", cost, "µs of CPU") for kind, cost in costs.items()),
     ]
-
-
-def _ratio(walls: dict[str, list[float]], one: str, other: str) -> float:
-    """How many times as long, the median of the rounds: both of a round had the same machine."""
-    return median(a / b for a, b in zip(walls[one], walls[other], strict=True))
 
 
 async def _compare(

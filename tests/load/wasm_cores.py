@@ -17,7 +17,7 @@ from typing import Any
 import wasmtime
 from tests.load.client import hold_gc, percentile
 from tests.load.hosts import work_folder
-from tests.load.report import Figure, run_main
+from tests.load.report import Figure, ratio, run_main
 from tests.load.wasm_sources import ROUND, busy
 
 from hotdesk.app import Host, open_host
@@ -74,8 +74,8 @@ async def measure(short: bool) -> list[Figure]:
     return [
         Figure("one busy plugin", median(rates["one"]), "calls/s"),
         Figure("two at once", median(rates["both"]), "calls/s"),
-        Figure("two beside one", _ratio(rates, "both", "one"), "times", at_least=1.6),
-        Figure("two bare processes beside one", _ratio(rates, "bare both", "bare one"), "times"),
+        Figure("two beside one", ratio(rates, "both", "one"), "times", at_least=1.6),
+        Figure("two bare processes beside one", ratio(rates, "bare both", "bare one"), "times"),
         Figure("a bare process", median(rates["bare one"]), "calls/s"),
         Figure("the loop's lag with nothing to do, p99", percentile(lags["nothing"], 99) * 1000, "ms"),
         Figure("beside one busy plugin, p99", percentile(lags["one"], 99) * 1000, "ms", at_most=10),
@@ -84,12 +84,8 @@ async def measure(short: bool) -> list[Figure]:
     ]
 
 
-def _ratio(rates: dict[str, list[float]], one: str, other: str) -> float:
-    return median(a / b for a, b in zip(rates[one], rates[other], strict=True))
-
-
 def _guest(host: Host, name: str) -> Guest:
-    generation = next(entry.current for entry in host.plugins.entries if entry.name == name)
+    generation = host.plugins.entry(name).current
     assert generation is not None
     assert generation.guest is not None
     return generation.guest

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 
-from tests.wasm.components import ANSWER, DATA, RESULT, component
+from tests.wasm.components import DATA, RESULT, component, text
 
-__all__ = ["MARK_LENGTH", "answering_mark", "busy", "filler", "marking", "masking", "versioned", "with_section"]
+__all__ = ["ROUND", "answering_mark", "busy", "filler", "marking", "masking", "versioned", "with_section"]
 
 _NOBODY = b"[v00000]"
-MARK_LENGTH = len(_NOBODY)
+_MARK_LENGTH = len(_NOBODY)
 
 
 def versioned(wasm: bytes, version: int) -> bytes:
@@ -61,10 +61,10 @@ _MARKED = f"""
   (global $marked_size (mut i32) (i32.const 0))
   (func $marked (param $address i32) (param $size i32) (result i32)
     (local $copy i32)
-    (local.set $copy (call $alloc (i32.add (local.get $size) (i32.const {MARK_LENGTH}))))
+    (local.set $copy (call $alloc (i32.add (local.get $size) (i32.const {_MARK_LENGTH}))))
     (memory.copy (local.get $copy) (local.get $address) (local.get $size))
-    (memory.copy (i32.add (local.get $copy) (local.get $size)) (i32.const {DATA}) (i32.const {MARK_LENGTH}))
-    (global.set $marked_size (i32.add (local.get $size) (i32.const {MARK_LENGTH})))
+    (memory.copy (i32.add (local.get $copy) (local.get $size)) (i32.const {DATA}) (i32.const {_MARK_LENGTH}))
+    (global.set $marked_size (i32.add (local.get $size) (i32.const {_MARK_LENGTH})))
     (local.get $copy))
 """
 
@@ -105,15 +105,9 @@ def marking(more: str = "") -> bytes:
 def answering_mark() -> bytes:
     """A bot that answers with its version, and fills a megabyte of its memory before it does."""
     return component(
-        {
-            "respond": f"(drop (call $alloc (i32.const 1048576)))"
-            f" {ANSWER.replace(f'(i32.store (i32.const {RESULT + 12}) (i32.const 0))', _SIZE_OF_MARK)}"
-        },
+        {"respond": f"(drop (call $alloc (i32.const 1048576))) {text('answer', DATA, _MARK_LENGTH)}"},
         data=_NOBODY.decode(),
     )
-
-
-_SIZE_OF_MARK = f"(i32.store (i32.const {RESULT + 12}) (i32.const {MARK_LENGTH}))"
 
 
 def busy(rounds: int) -> bytes:

@@ -9,39 +9,26 @@ checker, once for the marks of each plugin of the chain.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import msgspec
 from tests.load.checker import KINDS, Verdict, judge
-from tests.load.client import Load, open_loop, percentile
-from tests.load.desk import (
-    Desk,
-    Entry,
-    message_request,
-    note_taken,
-    read_taken,
-)
-from tests.load.history import Event, History, Recorded, Replied, Sent
+from tests.load.client import percentile
+from tests.load.desk import Desk, Entry
+from tests.load.history import Event, Recorded, Replied
 from tests.load.hosts import OUT, Server, host_on, work_folder
 from tests.load.report import Figure, run_main
-from tests.load.streams import stream_turns
+from tests.load.swaps import RATE, Traffic, with_mark
 from tests.load.wasm_sources import filler, marking, versioned, with_section
 from tests.wasm.built import built
 from tests.wasm.toolchains import Unavailable
 
 __all__ = ["measure"]
 
-RATE = 500
-CONVERSATIONS = 250
-STREAMS = 4
-# A swap that nobody sees the effect of within this is counted as unseen, and the next one is made.
 UNSEEN_S = 10.0
 
 GAP_S = 8.0
@@ -85,65 +72,6 @@ async def respond(turn):
 '''
 
 
-@dataclass(slots=True)
-class _Traffic:
-    """One host's traffic. `awaited` says of a reply whether the newest edit made it."""
-
-    server: Server
-    texts: tuple[str, ...]
-    history: History = field(default_factory=History)
-    unseen: int = 0
-    awaited: Callable[[Entry], bool] = bool
-    seen: asyncio.Future[float] | None = None
-    over: bool = False
-
-    def send(self, n: int) -> bytes:
-        conversation, id = f"c{random.randrange(CONVERSATIONS)}", f"m{n}"
-        self.history.add(Sent(conversation=conversation, id=id, time=perf_counter()))
-        return message_request(conversation, id, f"{self.texts[n % len(self.texts)]} {n}")
-
-    def take(self, n: int, status: int, body: bytes) -> bool:
-        now = perf_counter()
-        if status not in (200, 202):
-            return False
-        taken = read_taken(body)
-        note_taken(self.history, taken, now)
-        if self.seen and not self.seen.done() and any(map(self.awaited, taken.replies)):
-            self.seen.set_result(now)
-        return status == 200
-
-    async def replace(self, target: Path, data: bytes, awaited: Callable[[Entry], bool], into: list[float]) -> None:
-        """Rename *data* over *target*, and note the seconds to the first answer of which *awaited* is true."""
-        staged = target.parent.parent / target.name
-        await asyncio.to_thread(staged.write_bytes, data)
-        self.awaited, self.seen = awaited, asyncio.get_running_loop().create_future()
-        changed = perf_counter()
-        os.replace(staged, target)
-        try:
-            into.append(await asyncio.wait_for(self.seen, UNSEEN_S) - changed)
-        except TimeoutError:
-            self.unseen += 1
-
-    async def stream(self, conversation: str) -> None:
-        """One streamed turn after the other, until the run is over."""
-        await stream_turns(self.server.port, conversation, self.history, lambda: self.over)
-
-    async def run(self, edits: Callable[[], Coroutine[Any, Any, None]], seconds: float, *, streams: int) -> Load:
-        """The traffic, the streams and the edits side by side, then the record is read back."""
-        async with asyncio.TaskGroup() as group:
-            for number in range(streams):
-                group.create_task(self.stream(f"stream-{number}"))
-            group.create_task(edits())
-            load = await open_loop(self.server.port, self.send, self.take, rate=RATE, seconds=seconds)
-            self.over = True
-        desk = Desk(self.server)
-        for conversation in {event.conversation: None for event in self.history.events}:
-            for entry in await desk.read_record(conversation, perf_counter()):
-                self.history.add(entry)
-        desk.close()
-        return load
-
-
 def view(events: Iterable[Event], initial: str, owner: str) -> list[Event]:
     """The history as one plugin's marks tell it: those that begin with *initial*.
 
@@ -162,10 +90,6 @@ def view(events: Iterable[Event], initial: str, owner: str) -> list[Event]:
 
 def _sized(functions: int) -> bytes:
     return marking(filler(functions))
-
-
-def _marked(mark: str) -> Callable[[Entry], bool]:
-    return lambda reply: mark in reply.marks
 
 
 def _newer(plugin: str, generation: int) -> Callable[[Entry], bool]:
@@ -221,11 +145,11 @@ async def _chain(cold: int, known: int, python: int, seconds: float) -> tuple[li
     random.shuffle(edits)
     plugins = {"chain.py": CHAIN.format(version=0), "marked.toml": "order = 10\n"}
     async with _host("wasm-swaps", plugins, {"marked.wasm": versioned(largest, 1)}) as server:
-        traffic = _Traffic(server, ("Message", "Message", "python"))
+        traffic = Traffic(server, ("Message", "Message", "python"), UNSEEN_S)
         component, chain = server.plugins / "marked.wasm", server.plugins / "chain.py"
 
         async def swap_component(version: int, wasm: bytes, into: list[float]) -> None:
-            await traffic.replace(component, versioned(wasm, version), _marked(f"v{version:05}"), into)
+            await traffic.replace(component, versioned(wasm, version), with_mark(f"v{version:05}"), into=into)
 
         async def edit() -> None:
             await swap_component(2, largest, [])  # and 1 was there at the start: both are in the cache now
@@ -235,7 +159,7 @@ async def _chain(cold: int, known: int, python: int, seconds: float) -> tuple[li
                 await asyncio.sleep(max(0.0, due - perf_counter()))
                 if kind == "python":
                     changed = CHAIN.format(version=number).encode()
-                    await traffic.replace(chain, changed, _marked(f"p{number}"), waits[kind])
+                    await traffic.replace(chain, changed, with_mark(f"p{number}"), into=waits[kind])
                 elif kind == "known":
                     serving = 1 if serving == 2 else 2
                     await swap_component(serving, largest, waits[kind])
@@ -243,7 +167,7 @@ async def _chain(cold: int, known: int, python: int, seconds: float) -> tuple[li
                     serving = 100 + number
                     await swap_component(serving, bare[kind], waits[kind])
 
-        load = await traffic.run(edit, seconds, streams=STREAMS)
+        load = await traffic.run(edit, seconds)
     traffic.history.save(OUT / "wasm_swaps.jsonl")
     events = traffic.history.events
     verdicts = [judge(view(events, "v", "marked"))]
@@ -276,7 +200,7 @@ async def _large(language: str, folder: Path, swaps: int, baseline: bool) -> tup
     settings = f"wasm_baseline = {str(baseline).lower()}\n"
     waits: list[float] = []
     async with _host("wasm-large", {}, {"orders.wasm": data, "orders.toml": manifest}, settings) as server:
-        traffic = _Traffic(server, ("count",))
+        traffic = Traffic(server, ("count",), UNSEEN_S)
 
         async def edit() -> None:
             desk = Desk(server)
@@ -284,7 +208,7 @@ async def _large(language: str, folder: Path, swaps: int, baseline: bool) -> tup
             for number in range(swaps):
                 before = (await desk.plugin("orders")).generation or 0
                 changed = with_section(data, f"swap {number}")
-                await traffic.replace(server.plugins / "orders.wasm", changed, _newer("orders", before), waits)
+                await traffic.replace(server.plugins / "orders.wasm", changed, _newer("orders", before), into=waits)
                 await asyncio.sleep(GAP_S)
             desk.close()
 

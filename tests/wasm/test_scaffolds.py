@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ async def respond(turn):
     return f"<{turn.text}>"
 """
 
-pytestmark = pytest.mark.timeout(300)  # the first test of a language installs its toolchain
+pytestmark = pytest.mark.timeout(600)  # the first test of a language installs its toolchain
 
 
 async def made(tmp_path: Path, lang: str, kind: str) -> Path:
@@ -47,8 +48,17 @@ async def made(tmp_path: Path, lang: str, kind: str) -> Path:
     def build(folder: Path) -> None:
         work = folder / "work"
         shutil.copytree(written, work)
-        status = os.spawnvpe(os.P_WAIT, "make", ["make", "-C", str(work), "--silent"], {**os.environ, **environment})
-        assert status == 0
+        made = subprocess.run(
+            ["make", "--silent"],
+            cwd=work,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert made.returncode == 0, f"make of a {kind} in {lang}:\n{made.stdout}{made.stderr}"
         shutil.copy(work / "plugin.wasm", folder)
         shutil.rmtree(work)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import psutil
 import pytest
 import wasmtime._ffi as raw
-from tests.wasm.alone import TURN, alone, code_of
-from tests.wasm.components import DATA, EXPORTS, NEXT, component, giving
+from tests.wasm.alone import alone, code_of
+from tests.wasm.components import DATA, EXPORTS, component, giving
 from wasmtime.component import Component
 
 from hotdesk.runtime.wasm import Machine
@@ -215,10 +216,33 @@ def test_the_contracts_types_are_described_in_its_own_words(machine: Machine) ->
             )
 
 
-async def test_a_result_is_freed_also_when_it_can_not_be_read(machine: Machine) -> None:
-    """A call after one whose result was refused works in a new instance, a thousand times over."""
-    code = code_of(machine, component({"respond": NEXT}))
-    async with alone(machine, code) as guest:
-        await guest.call("")
-        for _ in range(1000):
-            assert (await guest.call("bot.respond", TURN)).value == (True, ("next", None))
+LONG = 65_536
+"""Where a long text is in the memory of a guest."""
+
+
+@pytest.mark.parametrize(
+    ("size", "says"), [(3 << 20, ""), (5 << 20, "the limit is 4,194,304"), (3 << 20, "utf-8")],
+    ids=["taken", "over the limit", "no text"],
+)  # fmt: skip
+async def test_what_a_result_took_is_free_after_its_call(machine: Machine, size: int, says: str) -> None:
+    """A hundred long texts, each from a new instance, leave no memory behind, taken or refused."""
+    last = 0xFF if says == "utf-8" else 0x61
+    body = (
+        f"(i32.store8 (i32.const {LONG + size - 1}) (i32.const {last})) (i32.store8 (i32.const {DATA}) (i32.const 0))"
+        f" (i32.store (i32.const {DATA + 4}) (i32.const {LONG})) (i32.store (i32.const {DATA + 8}) (i32.const {size}))"
+        f" (i32.const {DATA})"
+    )
+    code = code_of(machine, component({"call-tool": body}, memory="96"))
+    process, warm = psutil.Process(), 0
+    for number in range(110):
+        async with alone(machine, code) as guest:
+            await guest.call("")
+            given = (await guest.call("tools.call-tool", "x", "y")).value
+            if says:
+                assert isinstance(given, GuestFault)
+                assert says in str(given)
+            else:
+                assert given == (True, "\0" * (size - 1) + "a")
+        if number == 9:
+            warm = process.memory_info().rss
+    assert process.memory_info().rss - warm < 100 << 20

@@ -15,7 +15,16 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from tests.web.visitors import TEXT, RawSocket, open_desk, raw_socket, raw_stream, request_bytes, sse_events
+from tests.web.visitors import (
+    TEXT,
+    RawSocket,
+    open_desk,
+    raw_events,
+    raw_socket,
+    raw_stream,
+    request_bytes,
+    sse_events,
+)
 
 from conftest import Desk, StartDesk, wait_until
 
@@ -351,25 +360,6 @@ async def test_a_slow_event_stream_gets_fewer_and_larger_chunks(start_desk: Star
         await quick.task
     assert len(quick.said) == PIECE_COUNT + 1
     assert slow_readers(desk, "sse") == 0
-
-
-async def raw_events(reader: asyncio.StreamReader) -> AsyncIterator[tuple[str, Any]]:
-    """The events of a response in chunked coding, read at the pace of who asks."""
-    async with asyncio.timeout(15):
-        await reader.readuntil(b"\r\n\r\n")
-        pending = b""
-        while True:
-            size, line = 0, b""
-            while not line.endswith(b"\r\n"):
-                line += await reader.readexactly(1)
-            size = int(line, 16)
-            if not size:
-                return
-            *events, pending = (pending + (await reader.readexactly(size + 2))[:-2]).split(b"\n\n")
-            for event in events:
-                fields = dict(row.split(b": ", 1) for row in event.split(b"\n") if b": " in row)
-                if b"event" in fields:
-                    yield fields[b"event"].decode(), json.loads(fields[b"data"])
 
 
 async def test_a_reply_overtakes_the_chunks_that_were_held(start_desk: StartDesk) -> None:

@@ -202,6 +202,25 @@ async def raw_stream(
         writer.transport.abort()
 
 
+async def raw_events(reader: asyncio.StreamReader) -> AsyncIterator[tuple[str, Any]]:
+    """The events of a response in chunked coding, read at the pace of who asks."""
+    async with asyncio.timeout(15):
+        await reader.readuntil(b"\r\n\r\n")
+        pending = b""
+        while True:
+            line = b""
+            while not line.endswith(b"\r\n"):
+                line += await reader.readexactly(1)
+            size = int(line, 16)
+            if not size:
+                return
+            *events, pending = (pending + (await reader.readexactly(size + 2))[:-2]).split(b"\n\n")
+            for event in events:
+                fields = dict(row.split(b": ", 1) for row in event.split(b"\n") if b": " in row)
+                if b"event" in fields:
+                    yield fields[b"event"].decode(), json.loads(fields[b"data"])
+
+
 @dataclass(slots=True)
 class SseEvent:
     """One server-sent event."""
