@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import sys
 import time
 import tracemalloc
@@ -27,6 +28,7 @@ from tests.web.visitors import (
 )
 
 from conftest import Desk, StartDesk, wait_until
+from hotdesk.config import Config
 
 BIG = """
 import asyncio
@@ -114,6 +116,21 @@ async def test_others_do_not_feel_a_stalled_websocket(start_desk: StartDesk) -> 
     )
     for stalled in sockets:
         await stalled.__aexit__(None, None, None)
+
+
+async def test_a_long_reply_reaches_who_asked_for_a_stream(start_desk: StartDesk) -> None:
+    """One over the reader's bound, and what ends the stream after it, whether it came in chunks or at once."""
+    desk = await start_desk({"big.py": BIG}, max_reply_chars=10_000_000)
+    size = 2 * Config().max_buffer_bytes
+    for text in (f"big {size}", f"stream {size // 20_000}"):
+        async with desk.http.post(
+            f"{desk.url}/v1/conversations/c/messages", json={"text": text}, headers={"Accept": "text/event-stream"}
+        ) as response:
+            body = await response.text()
+        kinds = re.findall(r"^event: (\w+)$", body, re.M)
+        assert [kind for kind in kinds if kind != "chunk"] == ["accepted", "reply", "done"]
+        [reply] = re.findall(r"^event: reply\n(?:id: .*\n)?data: (.*)$", body, re.M)
+        assert len(json.loads(reply)["text"]) > size - 20_000
 
 
 async def test_a_stalled_event_stream_is_cut(start_desk: StartDesk) -> None:

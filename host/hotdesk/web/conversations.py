@@ -333,9 +333,10 @@ class _SseSink:
         self._wake.set()
 
     def end(self, event: Event) -> None:
-        """Send *event* as the last one."""
-        self._release()
-        self.send(event)
+        """Send *event* as the last one. It cuts nobody off: a reply over the bound may have been sent just before."""
+        if not self._ended:
+            self._release()
+            self._put(sse(event.kind, event.frame, event.seq))
         self._ended = True
         self._wake.set()
 
