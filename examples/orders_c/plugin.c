@@ -32,7 +32,7 @@ static hd_decision respond(const hd_turn *turn) {
     if (number.len) {
         answered++;
         if (!status(number)) return hd_answer(hd_format("There is no order %t.", number));
-        hd_emit(HD("Order ")), hd_emit(number), hd_emit(HD(" is "));
+        HD_TRY(hd_emit(HD("Order "))); HD_TRY(hd_emit(number)); HD_TRY(hd_emit(HD(" is ")));
         return hd_answer(hd_format("%s.", status(number)));
     }
     if (hd_has(turn->text, "count")) return hd_answer(hd_format("Answered %d.", answered));
@@ -63,7 +63,7 @@ static hd_outcome configure(hd_text config) {
 static hd_outcome export_state(void) { return hd_done_with(hd_format("%d", answered)); }
 
 static hd_outcome import_state(hd_text state, hd_text version) {
-    return hd_int(state, &answered) ? hd_done() : hd_error(HD("state is not a number"));
+    return hd_int(state, &answered) && answered >= 0 ? hd_done() : hd_error(HD("state is not a number"));
 }
 
 HD_MIDDLEWARE(before, after)

@@ -54,8 +54,9 @@ func count([]string) (hotdesk.Decision, error) {
 }
 
 func secret([]string) (hotdesk.Decision, error) {
-	if _, _, err := hotdesk.KVGet("secret"); hotdesk.Denied(err) {
-		return hotdesk.Answer("Denied: kv."), nil
+	var refused *hotdesk.Refused
+	if _, _, err := hotdesk.KVGet("secret"); errors.As(err, &refused) && refused.Kind == "denied" {
+		return hotdesk.Answer("Denied: " + refused.Text + "."), nil
 	}
 	return hotdesk.Answer("Not denied."), nil
 }

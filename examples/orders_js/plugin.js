@@ -1,9 +1,8 @@
 // Orders: answers what became of an order, masks words, and hands over to a person who is asked for.
 
 import {
-    answer, areTexts, changed, denied, drop, handOver, mask, maskPiece, next, parse, rewrite, tool,
+    answer, areTexts, changed, denied, drop, emit, handOver, mask, maskPiece, next, parse, rewrite, tool,
 } from "./hotdesk.js";
-import base from "hotdesk:plugin/base@1.0.0";
 import kv from "hotdesk:plugin/kv@1.0.0";
 
 const STATUS = new Map([["1001", "shipped"], ["1002", "packed"], ["1003", "damn late"]]);
@@ -24,7 +23,7 @@ export const lifecycle = {
     probe() {},
     exportState: () => String(answered),
     importState(state) {
-        if (!/^\d+$/.test(state)) throw new Error("state is not a number");
+        if (!/^\d+$/.test(state) || Number(state) >= 2 ** 31) throw new Error("state is not a number");
         answered = Number(state);
     },
 };
@@ -43,16 +42,18 @@ export const chunks = { transform: (turn, text, last) => maskPiece(text, words, 
 function tell(number) {
     answered += 1;
     if (!STATUS.has(number)) return `There is no order ${number}.`;
-    for (const chunk of ["Order ", number, " is "]) base.emit(chunk);
+    emit("Order ", number, " is ");
     return `${STATUS.get(number)}.`; // what was streamed and then this is the reply
 }
+
+const secret = (denial) => (denial ? `Denied: ${denial}.` : "Not denied.");
 
 export const bot = {
     respond({ text }) {
         const number = /order (\d+)/.exec(text)?.[1];
         if (number) return answer(tell(number));
         if (text.includes("count")) return answer(`Answered ${answered}.`);
-        if (text.includes("secret")) return answer(denied(() => kv.get("secret")) ? "Denied: kv." : "Not denied.");
+        if (text.includes("secret")) return answer(secret(denied(() => kv.get("secret"))));
         if (text.includes("fail")) throw new Error("told to fail");
         return text.includes("trap") ? undefined : next; // undefined is no decision, and traps
     },

@@ -29,7 +29,7 @@ async def export_state() -> int:
 
 @hookimpl
 async def import_state(state: object) -> None:
-    if not isinstance(state, int):
+    if type(state) is not int or not 0 <= state < 2**31:
         raise ValueError("state is not a number")
     now["answered"] = state
 
@@ -39,10 +39,9 @@ async def middleware(turn: Turn, call_next: CallNext) -> Reply | str | None:
     if "human" in turn.text:
         turn.conversation.hand_over("asked for a human")
         return "A person will be with you shortly."
-    if "spam" in turn.text:
-        return None  # nobody further in is asked, so nobody answers
     turn.text = turn.text.removeprefix("say ")
-    if reply := await call_next():
+    reply = None if "spam" in turn.text else await call_next()  # where nobody further in is asked, nobody answers
+    if reply:
         reply.text = now["words"].mask(reply.text)
         reply.chunks = reply.chunks and now["words"].mask_stream(reply.chunks)
     return reply
@@ -52,11 +51,12 @@ async def middleware(turn: Turn, call_next: CallNext) -> Reply | str | None:
 async def respond(ctx: Ctx, turn: Turn) -> str | None:
     if asked := re.search("order ([0-9]+)", turn.text):
         now["answered"] += 1
-        if asked[1] not in STATUS:
-            return f"There is no order {asked[1]}."
-        for chunk in ("Order ", asked[1], " is "):
+        status = STATUS.get(asked[1])
+        for chunk in ("Order ", asked[1], " is ") if status else ():
             await turn.stream(chunk)
-        return f"{STATUS[asked[1]]}."  # what was streamed and then this is the reply
+        return f"{status}." if status else f"There is no order {asked[1]}."  # comes after what was streamed
+    if "count" in turn.text:
+        return f"Answered {now['answered']}."
     if "secret" in turn.text:
         try:
             await ctx.kv.get("secret")
@@ -65,7 +65,7 @@ async def respond(ctx: Ctx, turn: Turn) -> str | None:
         return "Not denied."
     if "fail" in turn.text or "trap" in turn.text:
         raise RuntimeError("told to fail")
-    return f"Answered {now['answered']}." if "count" in turn.text else None
+    return None
 
 
 @hookimpl

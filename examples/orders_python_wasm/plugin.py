@@ -23,7 +23,7 @@ class Lifecycle(desk.Lifecycle):  # its setup calls configure
         return str(now.answered)
 
     def import_state(self, state, version):
-        desk.require(re.fullmatch("[0-9]+", state), "state is not a number")
+        desk.require(re.fullmatch("[0-9]{1,10}", state) and int(state) < 2**31, "state is not a number")
         now.answered = int(state)
 
 
@@ -51,7 +51,8 @@ class Bot:
         if "count" in turn.text:
             return desk.answer(f"Answered {now.answered}.")
         if "secret" in turn.text:
-            return desk.answer("Denied: kv." if desk.denied(lambda: kv.get("secret")) else "Not denied.")
+            name = desk.denied(lambda: kv.get("secret"))
+            return desk.answer(f"Denied: {name}." if name else "Not denied.")
         desk.require("fail" not in turn.text, "told to fail")
         if "trap" in turn.text:
             raise RuntimeError("told to trap")  # any exception but Err

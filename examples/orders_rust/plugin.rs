@@ -7,7 +7,7 @@ use hotdesk::*;
 const ORDERS: [(&str, &str); 3] = [("1001", "shipped"), ("1002", "packed"), ("1003", "damn late")];
 const PARAMETERS: &str = r#"{"type":"object","properties":{"number":{"type":"string"}},"required":["number"]}"#;
 static WORDS: Words = Words::new();
-static ANSWERED: std::sync::Mutex<u64> = std::sync::Mutex::new(0);
+static ANSWERED: std::sync::Mutex<i32> = std::sync::Mutex::new(0);
 
 fn status(number: &str) -> Option<&'static str> { ORDERS.iter().find(|order| order.0 == number).map(|order| order.1) }
 
@@ -33,7 +33,7 @@ impl bot::Guest for Plugin {
         if let Some(number) = digits_after(&turn.text, "order ") {
             *ANSWERED.lock().unwrap() += 1;
             let Some(status) = status(number) else { return Ok(answer(format!("There is no order {number}."))) };
-            for piece in ["Order ", number, " is "] { let _ = base::emit(piece); }
+            for piece in ["Order ", number, " is "] { base::emit(piece)?; }
             return Ok(answer(format!("{status}.")));
         }
         Ok(match turn.text {
@@ -64,6 +64,6 @@ impl lifecycle::Guest for Plugin {
     fn probe() -> Result<()> { Ok(()) }
     fn export_state() -> Option<String> { Some(ANSWERED.lock().unwrap().to_string()) }
     fn import_state(state: String, _: String) -> Result<()> {
-        state.parse().map(|count| *ANSWERED.lock().unwrap() = count).map_err(|_| "state is not a number".into())
+        Ok(*ANSWERED.lock().unwrap() = state.parse().ok().filter(|n| *n >= 0).ok_or("state is not a number")?)
     }
 }

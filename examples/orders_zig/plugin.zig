@@ -65,7 +65,7 @@ pub fn exportState() ?[]const u8 {
 }
 
 pub fn importState(state: []const u8, _: []const u8) !void {
-    answered = std.fmt.parseInt(u32, state, 10) catch return hotdesk.fail("state is not a number", .{});
+    answered = std.fmt.parseInt(u31, state, 10) catch return hotdesk.fail("state is not a number", .{});
 }
 
 comptime {

@@ -34,6 +34,8 @@ static block *first, *current;
 static char *at;
 static bool over = true; /* the last call's texts have been read; the next one may write over them */
 
+static char *end_of_memory(void) { return (char *)(__builtin_wasm_memory_size(0) * PAGE); }
+
 static char *pages(size_t size) {
     size_t count = (size + PAGE - 1) / PAGE;
     size_t page = __builtin_wasm_memory_grow(0, count);
@@ -48,7 +50,8 @@ void hd_begin(void) {
     over = false;
     if (!first) {
         first = (block *)(((uintptr_t)&__heap_base + 15) & ~(uintptr_t)15);
-        first->next = NULL, first->end = (char *)(__builtin_wasm_memory_size(0) * PAGE);
+        if ((char *)(first + 1) > end_of_memory()) first = (block *)pages(PAGE); /* the data end where a page does */
+        first->next = NULL, first->end = end_of_memory();
     }
     enter(first);
 }
@@ -59,7 +62,11 @@ void *hd_alloc(size_t size) {
     while ((size_t)(current->end - at) < size) {
         if (!current->next) {
             block *fresh = (block *)pages(size + sizeof(block));
-            fresh->next = NULL, fresh->end = (char *)(__builtin_wasm_memory_size(0) * PAGE);
+            if ((char *)fresh == current->end) { /* the last block grows, whoever asks for more and more */
+                current->end = end_of_memory();
+                continue;
+            }
+            fresh->next = NULL, fresh->end = end_of_memory();
             current->next = fresh;
         }
         enter(current->next);
@@ -84,7 +91,7 @@ hd_text hd_keep(hd_kept *slot, hd_text text) {
         size_t room = (text.len * 2 + 15) & ~(size_t)7;
         if ((size_t)(spare_end - spare) < room) {
             spare = pages(room);
-            spare_end = (char *)(__builtin_wasm_memory_size(0) * PAGE);
+            spare_end = end_of_memory();
         }
         slot->text.at = spare, slot->room = room;
         spare += room;
@@ -151,8 +158,9 @@ bool hd_mentions(hd_text text, const char *what) {
 hd_text hd_digits_after(hd_text text, const char *before) {
     hd_text mark = text_of(before);
     size_t len = 0;
+    if (!mark.len) return (hd_text){text.at, 0};
     for (ptrdiff_t at; !len && (at = hd_find(text, mark)) >= 0;) {
-        text = hd_skip(text, (size_t)at + (mark.len ? mark.len : 1));
+        text = hd_skip(text, (size_t)at + mark.len);
         while (len < text.len && digit(text.at[len])) len++;
     }
     return (hd_text){text.at, len};
@@ -217,6 +225,7 @@ hd_text hd_format(const char *format, ...) {
                     len += writing ? quoted(out + len, text) : text.len * 6 + 2;
                     continue;
                 }
+                case 0: f--; break; /* the format ends in a % */
                 default: piece.at = f;
                 }
             }
@@ -514,13 +523,13 @@ IMPORT("kv", "keys") void kv_keys(TEXT, raw *);
 IMPORT("llm", "complete") void llm_complete(TEXT, raw *);
 IMPORT("http", "fetch") void http_fetch(TEXT, TEXT, TEXT, TEXT, raw *);
 
-typedef enum { NOTHING, A_TEXT, AN_OPTION } holds;
+typedef enum { NOTHING, A_TEXT, AN_OPTION, ELSEWHERE } holds;
 
 static hd_result came(const raw *from, holds what) {
     if (from->failed) return (hd_result){(hd_why)(HD_DENIED + from->as.tagged.kind), true, from->as.tagged.text};
     if (what == A_TEXT) return (hd_result){HD_OK, false, from->as.text};
     if (what == AN_OPTION && from->as.tagged.kind) return (hd_result){HD_OK, false, from->as.tagged.text};
-    return (hd_result){HD_OK, true, HD("")};
+    return (hd_result){HD_OK, what != ELSEWHERE, HD("")};
 }
 
 void hd_log(hd_level level, hd_text event, hd_text fields) { base_log((int)level, PUT(event), PUT(fields)); }
@@ -559,12 +568,12 @@ hd_result hd_kv_keys(hd_text prefix, const hd_text **keys, size_t *count) {
     raw from;
     kv_keys(PUT(prefix), &from);
     *keys = from.failed ? NULL : from.as.list.items, *count = from.failed ? 0 : from.as.list.count;
-    return came(&from, NOTHING);
+    return came(&from, ELSEWHERE);
 }
 
 hd_result hd_http_fetch(hd_text method, hd_text url, hd_text headers, hd_text body, hd_response *response) {
     raw from;
     http_fetch(PUT(method), PUT(url), PUT(headers), PUT(body), &from);
     if (!from.failed) *response = from.as.response;
-    return came(&from, NOTHING);
+    return came(&from, ELSEWHERE);
 }

@@ -38,7 +38,7 @@ ptrdiff_t hd_find(hd_text in, hd_text what);
 /* Without the first `count` bytes; without white space at both ends. */
 hd_text hd_skip(hd_text text, size_t count);
 hd_text hd_trim(hd_text text);
-/* The first digits that stand right behind `before`; empty if there are none. */
+/* The first digits that stand right behind `before`; empty if there are none, or `before` is. */
 hd_text hd_digits_after(hd_text text, const char *before);
 /* The whole text as a number. */
 bool hd_int(hd_text text, int *number);
@@ -153,12 +153,20 @@ typedef struct {
 typedef enum { HD_DEBUG, HD_INFO, HD_WARNING, HD_ERROR } hd_level;
 typedef enum { HD_OK, HD_DENIED, HD_INVALID, HD_TOO_LARGE, HD_TIMEOUT, HD_UNAVAILABLE, HD_OTHER } hd_why;
 
-/* `why` is HD_OK and `text` what was asked for, `none` if there is none; or `text` says what was wrong. */
+/* `why` is HD_OK and `text` what was asked for, `none` if there is none; or `text` says what was wrong. What hd_kv_keys
+ * and hd_http_fetch were asked for is where their last arguments point. */
 typedef struct {
     hd_why why;
     bool none;
     hd_text text;
 } hd_result;
+
+/* In a function that decides: ask this of the host; what it refuses fails the call, with its text. */
+#define HD_TRY(asked)                                                                                                  \
+    do {                                                                                                               \
+        hd_result hd_got = (asked);                                                                                    \
+        if (hd_got.why != HD_OK) return hd_fail(hd_got.text);                                                          \
+    } while (0)
 
 void hd_log(hd_level level, hd_text event, hd_text fields);
 hd_text hd_config(void);

@@ -12,8 +12,18 @@ export const handOver = (reason, text = "") => ({ tag: "hand-over", val: { reaso
 export const drop = (reason) => ({ tag: "drop", val: reason });
 export const model = (options = {}) => ({ tag: "model", val: JSON.stringify(options) });
 
-// Read JSON as the contract has it: an empty text stands for {}.
-export const parse = (json) => JSON.parse(json || "{}");
+const DEEPEST = 100; // levels of JSON; deeper JSON is refused before the stack ends, which would be a trap
+
+// Read JSON as the contract has it: an empty text stands for {}. What is not JSON, or too deep, is thrown.
+export function parse(json) {
+    const bare = json.replace(/\\./gs, "").replace(/"[^"]*"?/g, "");
+    let depth = 0;
+    for (const [bracket] of bare.matchAll(/[[\]{}]/g)) {
+        depth += "[{".includes(bracket) ? 1 : -1;
+        if (depth > DEEPEST) throw new Error(`this JSON nests deeper than ${DEEPEST}`);
+    }
+    return JSON.parse(json || "{}");
+}
 
 // Whether a value out of JSON is a list of texts.
 export const areTexts = (value) => Array.isArray(value) && value.every((item) => typeof item === "string");
@@ -38,6 +48,19 @@ export function denied(call) {
     }
     return null;
 }
+
+// What the call gives: orFail(() => kv.set("key", value)). What the host refuses fails the plugin's own call, with its
+// text; without this it would trap.
+export function orFail(call) {
+    try {
+        return call();
+    } catch (thrown) {
+        throw refusal(thrown) ? new Error(refusal(thrown).val) : thrown;
+    }
+}
+
+// Send chunks of a streamed answer; the text of the decision `answer` comes after them.
+export const emit = (...chunks) => chunks.forEach((chunk) => orFail(() => base.emit(chunk)));
 
 // What a webhook brought, and what its caller is answered.
 export const inbound = (conversation, text, id = "", extra = {}) =>

@@ -5,6 +5,7 @@ A function whose WIT result has an error raises `Err("the error's text")`. Any o
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +32,16 @@ __all__ = [
     "mask",
     "mask_piece",
     "model",
+    "or_fail",
     "parse",
     "require",
     "response",
     "rewrite",
     "tool",
 ]
+
+DEEPEST = 100
+"""Levels of JSON. Deeper JSON is refused, for reading it the stack would end, which is a trap."""
 
 NEXT = types.Decision_Next()
 LEAVE = types.Decision_Leave()
@@ -68,7 +73,14 @@ def model(**options: Any) -> types.Decision:
 
 
 def parse(text: str) -> Any:
-    """Read JSON as the contract has it: an empty text stands for {}."""
+    """Read JSON as the contract has it: an empty text stands for {}. Raises `ValueError`, also where it is too deep."""
+    if text.count("[") + text.count("{") > DEEPEST:
+        bare = re.sub(r'"[^"]*"?', "", re.sub(r"\\.", "", text, flags=re.DOTALL))
+        depth = 0
+        for bracket in re.findall(r"[][{}]", bare):
+            depth += 1 if bracket in "[{" else -1
+            if depth > DEEPEST:
+                raise ValueError(f"this JSON nests deeper than {DEEPEST}")
     return json.loads(text or "{}")
 
 
@@ -78,10 +90,20 @@ def require(condition: object, error: str) -> None:
         raise Err(error)
 
 
+def or_fail(call: Callable[[], Any]) -> Any:
+    """What *call* gives: `or_fail(lambda: kv.set("key", value))`. What the host refuses fails the plugin's own call,
+    with its text; without this it would trap.
+    """
+    try:
+        return call()
+    except Err as refused:
+        raise Err(getattr(refused.value, "value", refused.value)) from None
+
+
 def emit(*chunks: str) -> None:
     """Send chunks of a streamed answer; the text of the decision `answer` comes after them."""
     for chunk in chunks:
-        base.emit(chunk)
+        or_fail(functools.partial(base.emit, chunk))
 
 
 def config() -> dict[str, Any]:

@@ -27,6 +27,16 @@ pub use serde_json::{json, Value};
 /// What most functions give: a value, or the text of an error.
 pub type Result<T> = std::result::Result<T, String>;
 
+/// What the host refuses fails the call, with its text, where `?` passes it on.
+impl From<Error> for String {
+    fn from(error: Error) -> String {
+        match error {
+            Error::Denied(text) | Error::Invalid(text) | Error::TooLarge(text) => text,
+            Error::Timeout(text) | Error::Unavailable(text) | Error::Other(text) => text,
+        }
+    }
+}
+
 /// The decision that this text is the answer.
 pub fn answer(text: impl Into<String>) -> Decision {
     Decision::Answer(Reply { text: text.into(), extra: String::new() })

@@ -45,7 +45,7 @@ pub const Decision = union(enum(u8)) {
 /// Why the host did not do what was asked; `why` has its text. The order is the contract's.
 pub const Error = error{ Denied, Invalid, TooLarge, Timeout, Unavailable, Other };
 
-/// The text of the last error.
+/// The text of the call's last error.
 pub var why: Text = "";
 
 /// The error that fails a call with a text: `return hotdesk.fail("no order {s}", .{number})`.
@@ -62,7 +62,10 @@ var over = false;
 pub const allocator = arena.allocator();
 
 fn begin() void {
-    if (over) _ = arena.reset(.{ .retain_with_limit = 1 << 20 });
+    if (over) {
+        _ = arena.reset(.{ .retain_with_limit = 1 << 20 });
+        why = ""; // it was in there
+    }
     over = false;
 }
 
@@ -197,68 +200,51 @@ pub fn timeLeft() u32 {
 }
 
 pub fn emit(text: Text) Error!void {
-    var result: Result = undefined;
-    imports.emit(at(text), text.len, &result);
-    try result.check();
+    _ = try ask(imports.emit, .{ at(text), text.len });
 }
 
 pub fn send(conversation: Text, text: Text) Error!Text {
-    var result: Result = undefined;
-    imports.send(at(conversation), conversation.len, at(text), text.len, &result);
-    try result.check();
+    const result = try ask(imports.send, .{ at(conversation), conversation.len, at(text), text.len });
     return result.as.text.text();
 }
 
 pub fn history(limit: u32) Error!Text {
-    var result: Result = undefined;
-    imports.history(limit, &result);
-    try result.check();
+    const result = try ask(imports.history, .{limit});
     return result.as.text.text();
 }
 
 /// The conversation's state.
 pub const state = struct {
     pub fn get(key: Text) Error!?Text {
-        var result: Result = undefined;
-        imports.@"state-get"(at(key), key.len, &result);
-        try result.check();
+        const result = try ask(imports.@"state-get", .{ at(key), key.len });
         return result.optional();
     }
 
     /// Null takes the value away.
     pub fn set(key: Text, value: ?Text) Error!void {
-        var result: Result = undefined;
+        const some = @intFromBool(value != null);
         const given = value orelse "";
-        imports.@"state-set"(at(key), key.len, @intFromBool(value != null), at(given), given.len, &result);
-        try result.check();
+        _ = try ask(imports.@"state-set", .{ at(key), key.len, some, at(given), given.len });
     }
 };
 
 /// The plugin's own keys.
 pub const kv = struct {
     pub fn get(key: Text) Error!?Text {
-        var result: Result = undefined;
-        imports.get(at(key), key.len, &result);
-        try result.check();
+        const result = try ask(imports.get, .{ at(key), key.len });
         return result.optional();
     }
 
     pub fn set(key: Text, value: Text) Error!void {
-        var result: Result = undefined;
-        imports.set(at(key), key.len, at(value), value.len, &result);
-        try result.check();
+        _ = try ask(imports.set, .{ at(key), key.len, at(value), value.len });
     }
 
     pub fn delete(key: Text) Error!void {
-        var result: Result = undefined;
-        imports.delete(at(key), key.len, &result);
-        try result.check();
+        _ = try ask(imports.delete, .{ at(key), key.len });
     }
 
     pub fn keys(prefix: Text) Error![]const Text {
-        var result: Result = undefined;
-        imports.keys(at(prefix), prefix.len, &result);
-        try result.check();
+        const result = try ask(imports.keys, .{ at(prefix), prefix.len });
         const found = allocator.alloc(Text, result.as.list.len) catch @trap();
         for (found, 0..) |*key, i| key.* = result.as.list.items[i].text();
         return found;
@@ -267,29 +253,23 @@ pub const kv = struct {
 
 /// The language model: JSON in, JSON out.
 pub fn complete(request: Text) Error!Text {
-    var result: Result = undefined;
-    imports.complete(at(request), request.len, &result);
-    try result.check();
+    const result = try ask(imports.complete, .{ at(request), request.len });
     return result.as.text.text();
 }
 
 /// HTTP; the headers are a JSON object.
 pub fn fetch(method: Text, url: Text, headers: Text, body: Text) Error!Response {
-    var result: Result = undefined;
-    imports.fetch(
-        at(method),
-        method.len,
-        at(url),
-        url.len,
-        at(headers),
-        headers.len,
-        at(body),
-        body.len,
-        &result,
-    );
-    try result.check();
-    const got = result.as.response;
+    const what = .{ at(method), method.len, at(url), url.len, at(headers), headers.len, at(body), body.len };
+    const got = (try ask(imports.fetch, what)).as.response;
     return .{ .status = got.status, .headers = got.headers.text(), .body = got.body.text(), .extra = got.extra.text() };
+}
+
+/// What the host gives for these arguments, unless it refuses.
+fn ask(comptime function: anytype, arguments: anytype) Error!Result {
+    var result: Result = undefined;
+    @call(.auto, function, arguments ++ .{&result});
+    try result.check();
+    return result;
 }
 
 const At = [*]const u8;
@@ -379,10 +359,15 @@ fn failed(err: anyerror) *const Result {
     const told = err == error.Failed or for (std.meta.tags(Error)) |one| {
         if (err == one) break true;
     } else false;
-    handed.as = .{ .text = .of(if (told) why else @errorName(err)) };
+    handed.as = .{ .text = .of(if (told and why.len > 0) why else @errorName(err)) };
     _ = done();
     handed.failed = true;
     return &handed;
+}
+
+fn ended(outcome: anyerror!void) *const Result {
+    outcome catch |err| return failed(err);
+    return done();
 }
 
 fn decided(outcome: anyerror!Decision) *const Result {
@@ -524,9 +509,7 @@ pub fn plugin(comptime P: type) void {
         fn deliver(to: At, to_len: usize, text: At, len: usize, more: At, more_len: usize) callconv(.c) *const Result {
             begin();
             const reply: Reply = .{ .text = text[0..len], .extra = more[0..more_len] };
-            const outcome: anyerror!void = P.deliver(to[0..to_len], reply);
-            outcome catch |err| return failed(err);
-            return done();
+            return ended(P.deliver(to[0..to_len], reply));
         }
 
         fn onEvent(name: At, name_len: usize, data: At, len: usize) callconv(.c) void {
@@ -537,9 +520,7 @@ pub fn plugin(comptime P: type) void {
 
         fn setup(text: At, len: usize) callconv(.c) *const Result {
             begin();
-            const outcome: anyerror!void = if (@hasDecl(P, "setup")) P.setup(text[0..len]) else {};
-            outcome catch |err| return failed(err);
-            return done();
+            return ended(if (@hasDecl(P, "setup")) P.setup(text[0..len]) else {});
         }
 
         fn configure(text: At, len: usize) callconv(.c) *const Result {
@@ -551,9 +532,7 @@ pub fn plugin(comptime P: type) void {
 
         fn probe() callconv(.c) *const Result {
             begin();
-            const outcome: anyerror!void = if (@hasDecl(P, "probe")) P.probe() else {};
-            outcome catch |err| return failed(err);
-            return done();
+            return ended(if (@hasDecl(P, "probe")) P.probe() else {});
         }
 
         fn exportState() callconv(.c) *const Result {
@@ -567,10 +546,8 @@ pub fn plugin(comptime P: type) void {
 
         fn importState(kept: At, len: usize, version: At, version_len: usize) callconv(.c) *const Result {
             begin();
-            const outcome: anyerror!void =
-                if (@hasDecl(P, "importState")) P.importState(kept[0..len], version[0..version_len]) else {};
-            outcome catch |err| return failed(err);
-            return done();
+            if (!@hasDecl(P, "importState")) return done();
+            return ended(P.importState(kept[0..len], version[0..version_len]));
         }
     };
     if (@hasDecl(P, "before") or @hasDecl(P, "after")) {

@@ -14,6 +14,8 @@ import pytest
 from tests.wasm.built import EXAMPLES, LANGUAGES, ROOT, built, source_of
 from tests.wasm.toolchains import Unavailable
 
+from hotdesk.runtime.wasm_calls import GuestError
+from hotdesk.runtime.wasm_guest import Guest
 from hotdesk_sdk.conformance import CASES, Case, run_case
 from hotdesk_sdk.testing import Desk
 
@@ -77,6 +79,16 @@ async def test_the_language_model_calls_its_tool(plugin: Path) -> None:
         offered = {one["function"]["name"]: one["function"] for one in first["tools"]}
         assert offered["order_status"]["parameters"]["required"] == ["number"]
         assert json.loads(second["messages"][-1]["content"]) == {"number": "1001", "status": "shipped"}
+
+
+@pytest.mark.parametrize("plugin", [language for language in LANGUAGES if language != "python"], indirect=True)
+async def test_an_answer_that_is_refused_its_stream_fails(plugin: Path) -> None:
+    """What `emit` is refused fails the call, with the host's reason: no trap, so the count is kept."""
+    async with Desk.with_plugin(plugin) as desk:
+        guest: Guest = desk.host.plugins.entry("orders").current.guest  # type: ignore[attr-defined]
+        with pytest.raises(GuestError, match="emit works while a bot responds"):
+            await guest.call("bot.respond", ("m1", "c1", "order 1001", "{}"))  # here nobody takes chunks
+        assert (await desk.say("count")).text == "Answered 1."
 
 
 def test_check_passes(plugin: Path) -> None:

@@ -38,9 +38,9 @@ async def made(tmp_path: Path, lang: str, kind: str) -> Path:
         environment = await asyncio.to_thread(toolchain.ensure)
     except Unavailable as exc:
         pytest.skip(str(exc))
-    ran = CliRunner().invoke(new, ["shop", "--lang", lang, "--kind", kind, "--dir", str(tmp_path)])
+    ran = CliRunner().invoke(new, ["Shop", "--lang", lang, "--kind", kind, "--dir", str(tmp_path)])
     assert ran.exit_code == 0, ran.output
-    written = tmp_path / "shop"
+    written = tmp_path / "Shop"
     digest = hashlib.sha256()
     for path in sorted(path for path in written.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(written)}\n".encode() + path.read_bytes())
@@ -64,7 +64,7 @@ async def made(tmp_path: Path, lang: str, kind: str) -> Path:
 
     name = f"scaffold-{lang}-{kind}-{digest.hexdigest()[:16]}"
     folder = await asyncio.to_thread(install_once, name, build)
-    ready = tmp_path / "ready" / "shop"
+    ready = tmp_path / "ready" / "Shop"
     ready.mkdir(parents=True)
     shutil.copy(folder / "plugin.wasm", ready)
     shutil.copy(written / "plugin.toml", ready)
@@ -75,8 +75,8 @@ async def made(tmp_path: Path, lang: str, kind: str) -> Path:
 async def test_a_bot_answers(tmp_path: Path, lang: str) -> None:
     """To its name, with what its config says; to anything else it leaves the word to others."""
     async with Desk.with_plugin(await made(tmp_path, lang, "bot"), config={"answer": "Open."}) as desk:
-        said = await desk.say("is the Shop open?")
-        assert (said.text, said.plugin) == ("Open.", "shop")
+        said = await desk.say("is the shOP open?")
+        assert (said.text, said.plugin) == ("Open.", "Shop")
         assert not await desk.say("hello")
 
 
@@ -85,16 +85,17 @@ async def test_a_middleware_stands_around_every_turn(tmp_path: Path, lang: str) 
     """It trims what goes in and signs what comes out."""
     (tmp_path / "bot.py").write_text(BOT)
     async with Desk.with_plugin(await made(tmp_path, lang, "middleware"), tmp_path / "bot.py") as desk:
-        assert (await desk.say("  hello ")).text == "<hello> (by way of shop)"
+        assert (await desk.say("  hello ")).text == "<hello> (by way of Shop)"
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 async def test_an_intake_takes_a_webhook(tmp_path: Path, lang: str) -> None:
     """A message comes out of it; what is none is answered with what is wrong."""
     async with Desk.with_plugin(await made(tmp_path, lang, "intake")) as desk:
-        taken = await desk.webhook("shop", json.dumps({"conversation": "c", "text": "hello", "id": "1"}))
+        taken = await desk.webhook("Shop", json.dumps({"conversation": "c", "text": "hello", "id": "1"}))
         assert [(one.conversation, one.text, one.id) for one in taken.messages] == [("c", "hello", "1")]
         assert taken.answer.status == 202
-        for wrong in ("no JSON", "[]", '{"conversation": "c", "text": 7, "id": "1"}'):
-            refused = await desk.webhook("shop", wrong)
+        empty, deep = '{"conversation": "c", "text": "", "id": "1"}', "[" * 100_000
+        for wrong in ("no JSON", "[]", '{"conversation": "c", "text": 7, "id": "1"}', empty, deep):
+            refused = await desk.webhook("Shop", wrong)
             assert (list(refused.messages), refused.answer.status) == ([], 400)

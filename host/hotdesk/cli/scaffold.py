@@ -198,7 +198,7 @@ def _check_name(name: str) -> None:
         better = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789")[:64]
         hint = f"; how about {better!r}?" if better else ""
         raise click.BadParameter(
-            f"{name!r}. A plugin's name is a lower-case letter, then letters, digits, - or _{hint}", param_hint="NAME"
+            f"{name!r}. A plugin's name is a letter, then letters, digits, - or _{hint}", param_hint="NAME"
         ) from exc
     if name.startswith("test_"):
         raise click.BadParameter(f"{name!r} would be taken for a test; a host leaves those alone", param_hint="NAME")

@@ -35,9 +35,9 @@ func textAt(words []uint32) string {
 	return unsafe.String((*byte)(unsafe.Add(nil, words[0])), words[1])
 }
 
-// wordsAt is a list in the result of an import, each element of so many words.
-func wordsAt(words []uint32, each uint32) []uint32 {
-	return unsafe.Slice((*uint32)(unsafe.Add(nil, words[0])), words[1]*each)
+// textsAt is a list of texts in the result of an import: the address and the size of each.
+func textsAt(words []uint32) []uint32 {
+	return unsafe.Slice((*uint32)(unsafe.Add(nil, words[0])), 2*words[1])
 }
 
 // fields are the addresses and the sizes of texts that the host reads after the call.

@@ -8,12 +8,7 @@ import (
 //go:wasmexport hotdesk:plugin/middleware@1.0.0#before
 func before(p0 unsafe.Pointer, n0 uint32, p1 unsafe.Pointer, n1 uint32, p2 unsafe.Pointer, n2 uint32,
 	p3 unsafe.Pointer, n3 uint32) unsafe.Pointer {
-	defer explain()
-	begin()
-	if plugin.Before == nil {
-		return ok(0)
-	}
-	return decided(plugin.Before(Turn{text(p0, n0), text(p1, n1), text(p2, n2), text(p3, n3)}))
+	return asked(plugin.Before, Turn{text(p0, n0), text(p1, n1), text(p2, n2), text(p3, n3)})
 }
 
 //go:wasmexport hotdesk:plugin/middleware@1.0.0#after
@@ -44,12 +39,17 @@ func transform(p0 unsafe.Pointer, n0 uint32, p1 unsafe.Pointer, n1 uint32, p2 un
 //go:wasmexport hotdesk:plugin/bot@1.0.0#respond
 func respond(p0 unsafe.Pointer, n0 uint32, p1 unsafe.Pointer, n1 uint32, p2 unsafe.Pointer, n2 uint32,
 	p3 unsafe.Pointer, n3 uint32) unsafe.Pointer {
+	return asked(plugin.Respond, Turn{text(p0, n0), text(p1, n1), text(p2, n2), text(p3, n3)})
+}
+
+// asked is an export that decides about a turn and gets nothing else.
+func asked(do func(Turn) (Decision, error), turn Turn) unsafe.Pointer {
 	defer explain()
 	begin()
-	if plugin.Respond == nil {
+	if do == nil {
 		return ok(0)
 	}
-	return decided(plugin.Respond(Turn{text(p0, n0), text(p1, n1), text(p2, n2), text(p3, n3)}))
+	return decided(do(turn))
 }
 
 func decided(decision Decision, err error) unsafe.Pointer {
@@ -122,20 +122,28 @@ func onEvent(p0 unsafe.Pointer, n0 uint32, p1 unsafe.Pointer, n1 uint32) {
 func setup(p0 unsafe.Pointer, n0 uint32) unsafe.Pointer {
 	defer explain()
 	begin()
-	if plugin.Configure == nil {
-		return ok()
-	}
-	return okOr(plugin.Configure(text(p0, n0)))
+	_, err := take(text(p0, n0))
+	return okOr(err)
 }
 
 //go:wasmexport hotdesk:plugin/lifecycle@1.0.0#configure
 func configure(p0 unsafe.Pointer, n0 uint32) unsafe.Pointer {
 	defer explain()
 	begin()
+	taken, err := take(text(p0, n0))
+	return okOr(err, taken)
+}
+
+// take offers the config to the plugin and gives 1 if it took it, 0 if it wants to be loaded anew.
+func take(config string) (uint32, error) {
 	if plugin.Configure == nil {
-		return ok(0)
+		return 0, nil
 	}
-	return okOr(plugin.Configure(text(p0, n0)), 1)
+	err := plugin.Configure(config)
+	if errors.Is(err, LoadAnew) {
+		return 0, nil
+	}
+	return 1, err
 }
 
 //go:wasmexport hotdesk:plugin/lifecycle@1.0.0#probe

@@ -51,7 +51,9 @@ const (
 )
 
 // Log writes a line in the host's log; fields are a JSON object, or empty.
-func Log(level uint32, event, fields string) { hostLog(level, event, fields) }
+//
+//go:wasmimport hotdesk:plugin/base@1.0.0 log
+func Log(level uint32, event, fields string)
 
 // Config is the manifest's config with the operator's over it: a JSON object.
 func Config() string {
@@ -61,7 +63,9 @@ func Config() string {
 }
 
 // TimeLeft is how many milliseconds are left until this call's deadline.
-func TimeLeft() uint32 { return hostTimeLeft() }
+//
+//go:wasmimport hotdesk:plugin/base@1.0.0 time-left
+func TimeLeft() uint32
 
 // Emit sends chunks of a streamed answer; the text of the decision Answer comes after them.
 func Emit(chunks ...string) error {
@@ -139,7 +143,7 @@ func KVKeys(prefix string) ([]string, error) {
 		return nil, err
 	}
 	var keys []string
-	for words := wordsAt(a[1:], 2); len(words) > 0; words = words[2:] {
+	for words := textsAt(a[1:]); len(words) > 0; words = words[2:] {
 		keys = append(keys, textAt(words))
 	}
 	return keys, nil
@@ -163,14 +167,8 @@ func Fetch(method, url, headers, body string) (Response, error) {
 	return Response{uint16(a[1]), textAt(a[2:]), textAt(a[4:]), textAt(a[6:])}, nil
 }
 
-//go:wasmimport hotdesk:plugin/base@1.0.0 log
-func hostLog(level uint32, event, fields string)
-
 //go:wasmimport hotdesk:plugin/base@1.0.0 config
 func hostConfig(at *[2]uint32)
-
-//go:wasmimport hotdesk:plugin/base@1.0.0 time-left
-func hostTimeLeft() uint32
 
 //go:wasmimport hotdesk:plugin/base@1.0.0 emit
 func hostEmit(text string, a *answer)

@@ -4,6 +4,8 @@
 // not set does nothing; one whose interface is not in the world is never called.
 package hotdesk
 
+import "errors"
+
 // Plugin is what a plugin does.
 type Plugin struct {
 	// Before is asked before anybody further in; After, once somebody further in answered. Interface middleware.
@@ -29,8 +31,8 @@ type Plugin struct {
 	// OnEvent is told what happened; data is JSON. Interface events.
 	OnEvent func(name, data string)
 
-	// Configure gets the config, JSON: in setup, and when it changed. Probe is called after setup. An error refuses the
-	// generation. Interface lifecycle, and so is the state.
+	// Configure gets the config, JSON: in setup, and when it changed; it may give LoadAnew. Probe is called after setup.
+	// An error refuses the generation. Interface lifecycle, and so is the state.
 	Configure func(config string) error
 	Probe     func() error
 
@@ -43,6 +45,10 @@ type State interface {
 	Export() string
 	Import(state, version string) error
 }
+
+// LoadAnew is what Configure gives when it can't take a change live: the host loads the plugin anew. In setup it is no
+// error.
+var LoadAnew = errors.New("load anew")
 
 // Serve says what the plugin does. Call it in an init: a component has no main.
 func Serve(p Plugin) { plugin = p }
@@ -103,3 +109,6 @@ func Drop(reason string) Decision { return Decision{5, []string{reason}} }
 
 // Model lets the language model answer; options are JSON. It needs the capability llm.
 func Model(options string) Decision { return Decision{6, []string{options}} }
+
+// Other is a decision that came after this layer; JSON. A host that does not know it fails the call.
+func Other(json string) Decision { return Decision{7, []string{json}} }

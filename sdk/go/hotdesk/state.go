@@ -5,7 +5,7 @@ import (
 	"strconv"
 )
 
-// Number is a State: a whole number.
+// Number is a State: a whole number from 0 to 2147483647.
 type Number int
 
 // Export gives the number.
@@ -13,7 +13,7 @@ func (n *Number) Export() string { return n.String() }
 
 // Import takes the number of the generation before.
 func (n *Number) Import(state, _ string) error {
-	value, err := strconv.Atoi(state)
+	value, err := strconv.ParseUint(state, 10, 31)
 	if err != nil {
 		return errors.New("state is not a number")
 	}

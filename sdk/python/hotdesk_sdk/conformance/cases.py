@@ -15,6 +15,8 @@ from .subject import NAME, ClaimFailed, Subject, expect, expect_in, wait_for
 __all__ = ["CASES", "Case"]
 
 AT_ONCE = 32
+MOST = 2**31 - 1
+"""The largest count that is a state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +41,15 @@ class Case:
 
 
 async def _masks_a_whole_reply(subject: Subject) -> None:
-    """Each character of a listed word becomes an asterisk, wherever it stands and whatever its case."""
-    async with subject.desk() as desk:
+    """Each character of a listed word becomes an asterisk, wherever it stands, whatever its case and the list's."""
+    async with subject.desk(words=["DaMN", "heck"]) as desk:
         expect((await desk.say("echo Damn, what the HECK. Goddamned")).text, "****, what the ****. God****ed", "it")
 
 
 async def _leaves_a_clean_reply_alone(subject: Subject) -> None:
     """An answer without a listed word stays as it is, beginnings of words and other scripts too."""
     async with subject.desk() as desk:
-        for text in ("All is well.", "da he dam hec", "Größe, 你好, 🙂", "DÄMN"):
+        for text in ("All is well.", "da he dam hec", "Größe, 你好, 🙂", "DÄMN", "hec\N{KELVIN SIGN}"):
             expect((await desk.say(f"echo {text}")).text, text, "the reply")
 
 
@@ -169,6 +171,21 @@ async def _counts(subject: Subject) -> None:
         expect((await desk.say("count", conversation="another")).text, "Answered 3.", "the reply")
 
 
+async def _does_the_first_that_fits(subject: Subject) -> None:
+    """A text that asks for several things gets the first of them in the table of the README."""
+    async with subject.desk() as desk:
+        expect((await desk.say("say spam, human")).text, "A person will be with you shortly.", "the reply")
+        expect((await desk.say("say spam")).replies, (), "the replies")
+        for text, wanted in {
+            "a trap: fail the secret count of order 1001": "Order 1001 is shipped.",
+            "a trap: fail the secret count": "Answered 1.",
+            "a trap: fail the secret": "Denied: kv.",
+            "a trap: fail": "The neighbour heard: a trap: fail",
+        }.items():
+            expect((await desk.say(text)).text, wanted, "the reply")
+        expect((await desk.say("count")).text, "Answered 1.", "the count, which a trap would have lost")
+
+
 # ---- the life of a generation -----------------------------------------------------------------------------------
 
 
@@ -188,14 +205,30 @@ async def _takes_state_from_another_language(subject: Subject) -> None:
         _served(await desk.replace(subject.place(version="2.0.0")))
         await desk.say("order 1001")
         expect((await desk.say("count")).text, "Answered 42.", "the reply")
+        _served(await desk.replace(subject.place_old(MOST)))
+        _served(await desk.replace(subject.place(version="2.0.0")))
+        expect((await desk.say("count")).text, f"Answered {MOST}.", "the reply")
+
+
+async def _gives_state_to_another_language(subject: Subject) -> None:
+    """The state is a number and nothing around it, so the next version may be written in anything."""
+    async with subject.desk() as desk:
+        await desk.say("order 1001")
+        await desk.say("order 1002")
+        _served(await desk.replace(subject.place_next()))
+        expect((await desk.say("hello")).text, "[2]", "the states that a version in Python is given")
 
 
 async def _refuses_a_bad_state(subject: Subject) -> None:
-    """A state that is no number refuses the new version, which says so; the old one serves on."""
+    """A state that is no count refuses the new version, which says so; the old one serves on."""
     async with subject.desk(subject.place_old("many")) as desk:
-        _refused(await desk.replace(subject.place(version="2.0.0")), "import_state", "state is not a number")
-        said = await desk.say("hello")
-        expect((said.text, said.generation), ("The old one.", 1), "the reply and its generation")
+        for bad in ("many", -1, True, 1.5, MOST + 1):
+            if bad != "many":
+                _served(await desk.replace(subject.place_old(bad)))
+            serving = (await desk.say("hello")).generation
+            _refused(await desk.replace(subject.place(version="2.0.0")), "import_state", "state is not a number")
+            said = await desk.say("hello")
+            expect((said.text, said.generation), ("The old one.", serving), f"the reply and its generation after {bad}")
 
 
 async def _takes_a_config_live(subject: Subject) -> None:
@@ -217,8 +250,9 @@ async def _refuses_a_bad_config(subject: Subject) -> None:
         except HotdeskError as exc:
             expect_in("words must be a list of texts", exc, "why it does not load")
     async with subject.desk() as desk:
-        _refused(await subject.configure(desk, "damn"), "configure", "words must be a list of texts")
-        expect((await desk.say("echo damn")).text, "****", "the reply under the old config")
+        for changed in ("damn", ["darn", 1]):
+            _refused(await subject.configure(desk, changed), "configure", "words must be a list of texts")
+            expect((await desk.say("echo damn and darn")).text, "**** and darn", "the reply under the old config")
 
 
 # ---- tools and capabilities -------------------------------------------------------------------------------------
@@ -244,11 +278,13 @@ async def _answers_its_tool(subject: Subject) -> None:
 
 
 async def _is_told_of_a_refused_capability(subject: Subject) -> None:
-    """What was not asked for is refused: the plugin gets an error with its name, the operator an event."""
-    async with subject.desk() as desk:
+    """What was not asked for is refused, and the operator is told; what is asked for and granted is not."""
+    async with subject.desk(grant=["kv"]) as desk:
         expect((await desk.say("a secret")).text, "Denied: kv.", "the reply")
         told = [event for event in desk.events if event["kind"] == "capability_denied"]
         expect([(event["plugin"], event["capability"]) for event in told], [(NAME, "kv")], "what the operator is told")
+        _served(await desk.replace(subject.place(version="2.0.0", capabilities=["kv"])))
+        expect((await desk.say("a secret")).text, "Not denied.", "the reply of one that asks for it")
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------
@@ -273,13 +309,16 @@ async def _refuses_the_turn_where_it_must_not_be_skipped(subject: Subject) -> No
 
 
 async def _traps_alone(subject: Subject) -> None:
-    """A trap ends that one call and its instance: the next bot is asked, then all goes on, no Store left."""
+    """A trap ends that one call and its instance: the next bot is asked, and a new instance goes on, alone."""
     async with subject.desk() as desk:
+        await desk.say("order 1001")
         for _ in range(3):
             expect((await desk.say("trap")).text, "The neighbour heard: trap", "the reply")
         expect(_failures(desk), 3, "how many calls failed")
+        component = subject.is_component  # an exception in Python is no trap
+        expect((await desk.say("count")).text, "Answered 0." if component else "Answered 1.", "the count after a trap")
         expect((await desk.say("order 1002")).text, "Order 1002 is packed.", "the reply to what comes next")
-        await wait_for(lambda: desk.metric("hotdesk_wasm_stores") <= 1, True, "that one Store is left at most")
+        await wait_for(lambda: desk.metric("hotdesk_wasm_stores"), int(component), "how many Stores are left")
 
 
 # ---- many at once -----------------------------------------------------------------------------------------------
@@ -340,8 +379,10 @@ CASES: tuple[Case, ...] = (
     Case(_streams_an_answer),
     Case(_answers_without_a_stream),
     Case(_counts),
+    Case(_does_the_first_that_fits),
     Case(_keeps_its_state_over_a_swap),
     Case(_takes_state_from_another_language),
+    Case(_gives_state_to_another_language),
     Case(_refuses_a_bad_state),
     Case(_takes_a_config_live),
     Case(_refuses_a_bad_config),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from ..testing import Desk
 
-__all__ = ["NAME", "WORDS", "ClaimFailed", "Subject", "expect", "expect_in", "wait_for"]
+__all__ = ["NAME", "ClaimFailed", "Subject", "expect", "expect_in", "wait_for"]
 
 NAME = "orders"
 WORDS = ("damn", "heck")
@@ -41,6 +41,38 @@ async def pieces(texts):
 """A bot further in: it says what it is told, whole or in pieces, and what is known of the conversation."""
 
 
+OLD = """
+from hotdesk_sdk import hookimpl
+
+
+@hookimpl
+async def export_state():
+    return {state!r}
+
+
+@hookimpl
+async def respond(turn):
+    return "The old one."
+"""
+
+NEXT = """
+import json
+from hotdesk_sdk import hookimpl
+
+given = []
+
+
+@hookimpl
+async def import_state(state):
+    given.append(state)
+
+
+@hookimpl
+async def respond(turn):
+    return json.dumps(given)
+"""
+
+
 class ClaimFailed(AssertionError):
     """The plugin did something else than the claim says; the text has both."""
 
@@ -54,7 +86,18 @@ class Subject:
         self._path = path
         self._folder = folder
 
-    def place(self, *, version: str = "1.0.0", words: Any = WORDS, on_failure: str = "skip") -> Path:
+    @property
+    def is_component(self) -> bool:
+        return self._path.suffix == ".wasm"
+
+    def place(
+        self,
+        *,
+        version: str = "1.0.0",
+        words: Any = WORDS,
+        on_failure: str = "skip",
+        capabilities: Sequence[str] = (),
+    ) -> Path:
         """The plugin with a manifest of its own, at a new place."""
         folder = self._folder / str(len([*self._folder.iterdir()]))
         if self._path.name == "__init__.py":
@@ -66,41 +109,48 @@ class Subject:
             folder.mkdir()
             shutil.copy(self._path, target)
             manifest = target.with_suffix(".toml")
-        manifest.write_text(self._manifest(version, words, on_failure), "utf-8")
+        manifest.write_text(self._manifest(version, words, on_failure, capabilities), "utf-8")
         return target
 
     def place_old(self, state: Any) -> Path:
         """A version 0 in Python that leaves *state*, and answers everything with "The old one."."""
-        folder = self._folder / "old"
-        folder.mkdir()
-        target = folder / f"{NAME}.py"
-        target.write_text(
-            "from hotdesk_sdk import hookimpl\n"
-            f"@hookimpl\nasync def export_state():\n    return {state!r}\n"
-            "@hookimpl\nasync def respond(turn):\n    return 'The old one.'\n"
-        )
-        target.with_suffix(".toml").write_text('version = "0.1.0"\n')
+        return self._place_python("0.1.0", OLD.format(state=state))
+
+    def place_next(self) -> Path:
+        """A version 2 in Python that answers everything with the state that it was given, as JSON."""
+        return self._place_python("2.0.0", NEXT)
+
+    def _place_python(self, version: str, source: str) -> Path:
+        target = self._folder / str(len([*self._folder.iterdir()])) / f"{NAME}.py"
+        target.parent.mkdir()
+        target.write_text(source)
+        target.with_suffix(".toml").write_text(f'version = "{version}"\n')
         return target
 
     @asynccontextmanager
-    async def desk(self, plugin: Path | None = None, **manifest: Any) -> AsyncIterator[Desk]:
+    async def desk(
+        self, plugin: Path | None = None, *, grant: Sequence[str] = (), **manifest: Any
+    ) -> AsyncIterator[Desk]:
         """A desk with the plugin, or with *plugin* in its place, and the neighbour behind it."""
         neighbour = self._folder / "neighbour.py"
         neighbour.write_text(NEIGHBOUR)
         neighbour.with_suffix(".toml").write_text("order = 90\n")
-        async with Desk.with_plugin(plugin or self.place(**manifest), neighbour) as desk:
+        placed = plugin or self.place(**manifest)
+        async with Desk.with_plugin(placed, neighbour, grant={NAME: tuple(grant)}) as desk:
             yield desk
 
     async def configure(self, desk: Desk, words: Any) -> Any:
         """Change the config of the version that serves; the entry that comes of it."""
         folder = self._path.name == "__init__.py"
         name = f"{NAME}/plugin.toml" if folder else f"{NAME}.toml"
-        return await desk.write(name, self._manifest("1.0.0", words, "skip"))
+        return await desk.write(name, self._manifest("1.0.0", words, "skip", ()))
 
     @staticmethod
-    def _manifest(version: str, words: Any, on_failure: str) -> str:
+    def _manifest(version: str, words: Any, on_failure: str, capabilities: Sequence[str]) -> str:
         listed = json.dumps(words, ensure_ascii=False)  # TOML has texts and lists of them as JSON does
-        return f'version = "{version}"\non_failure = "{on_failure}"\n[config]\nwords = {listed}\n'
+        asked = json.dumps([*capabilities])
+        first = f'version = "{version}"\non_failure = "{on_failure}"\ncapabilities = {asked}\n'
+        return f"{first}[config]\nwords = {listed}\n"
 
 
 def expect(found: object, wanted: object, what: str) -> None:
