@@ -22,6 +22,7 @@ __all__ = [
     "DoorError",
     "ImageUnusable",
     "LoadFailed",
+    "StaleOwner",
     "TurnAborted",
     "UnknownPlugin",
     "describe",
@@ -110,12 +111,24 @@ class DataFolderHeld(BackendError):
 
 
 class BackendUnavailable(BackendError):
-    """The backend did not take a write or answer a read; it may later. Nothing of the request was kept."""
+    """The backend did not take a write or answer a read; it may later. Nothing of the request was kept.
 
-    def __init__(self, url: str, reason: str) -> None:
+    `unsure` is set where a connection broke with the request on its way: then it may have been kept.
+    """
+
+    def __init__(self, url: str, reason: str, *, unsure: bool = False) -> None:
         self.url = url
         self.reason = reason
+        self.unsure = unsure
         super().__init__(f"backend {url}: {reason}")
+
+
+class StaleOwner(BackendError):
+    """A write of a worker that does not own the conversation any more: it was refused, and another's turn counts."""
+
+    def __init__(self, url: str, conversation: str) -> None:
+        self.conversation = conversation
+        super().__init__(f"backend {url}: conversation {conversation!r} belongs to another worker now")
 
 
 class ImageUnusable(HotdeskError):

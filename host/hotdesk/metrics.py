@@ -145,6 +145,11 @@ class Metrics:
         )
         self.commit_rows = Counter("hotdesk_backend_writes_total", "Writes that were committed", registry=registry)
         self.backend_errors = Counter("hotdesk_backend_errors_total", "Commits that failed", registry=registry)
+        self.refused_writes = Counter(
+            "hotdesk_backend_refused_writes_total",
+            "Writes of a worker that owned the conversation no longer",
+            registry=registry,
+        )
         self.images = Counter("hotdesk_images_total", "Images of messages", ["outcome"], registry=registry)
         self.deliveries = Counter(
             "hotdesk_deliveries_total",

@@ -31,7 +31,7 @@ SIDEWAYS = {("__main__", "cli")}
 ONE_IMPORTER = {
     "sqlite3": ("backend/sqlite*.py",),
     "watchfiles": ("runtime/watch.py",),
-    "redis": ("backend/redis.py",),
+    "redis": ("backend/redis*.py",),
     "wasmtime": ("runtime/wasm.py", "runtime/wit_*.py"),
     "openai": ("llm/official.py",),
     "httpx2": ("llm/official.py",),

@@ -7,7 +7,8 @@ plugins' keys. It decides nothing about turns; it says what is on disk.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,6 +22,7 @@ __all__ = [
     "Backend",
     "ConversationRecord",
     "Entry",
+    "Listener",
     "Outcome",
     "StoredReply",
     "TurnEnd",
@@ -64,10 +66,21 @@ class Appended(msgspec.Struct, frozen=True):
     duplicate: bool
     opened: bool
     conversation: ConversationRecord
+    here: bool = True
+    """Its turn is this worker's to run, beginning now. Otherwise another's, or one that was begun before."""
+
+    open: bool = False
+    """A repeat whose turn has not ended, wherever it runs."""
+
+    fence: Any = None
+    """The backend's own: goes with the turn, and back with its end."""
 
 
 class TurnEnd(msgspec.Struct, frozen=True):
-    """How a turn ends, in one commit: its replies (their seq is given by the backend) and what it changed."""
+    """How a turn ends, in one commit: its replies (their seq is given by the backend) and what it changed.
+
+    `to` and `error` are for those who listen elsewhere: which message it was, and why it has no whole answer.
+    """
 
     conversation: str
     seq: int
@@ -75,6 +88,9 @@ class TurnEnd(msgspec.Struct, frozen=True):
     changed: ConversationRecord | None = None
     closed: bool = False
     deliver: bool = False
+    to: str = ""
+    error: tuple[str, str] | None = None
+    fence: Any = None
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -82,6 +98,39 @@ class Outcome(msgspec.Struct, frozen=True):
 
     ended: bool
     replies: tuple[StoredReply, ...]
+
+
+class Listener(Protocol):
+    """Who runs turns here and tells readers: the chat room. Each is called from the loop, and does not wait."""
+
+    def run(self, message: Message, record: ConversationRecord, *, attempt: int, opened: bool, fence: Any) -> None:
+        """Begin the turn of a message that came in elsewhere, or before this worker's time (*attempt* 2 and more)."""
+
+    def redeliver(self, reply: StoredReply, record: ConversationRecord) -> None:
+        """Hand out a reply whose channel has not confirmed it."""
+
+    def drop(self, belongs: Callable[[str], bool]) -> None:
+        """Give up the turns of the conversations that *belongs* is true of: another worker runs them now."""
+
+    def hear_entry(self, entry: Entry, *, owned: bool, deliver: bool) -> None:
+        """A message or a reply outside a turn, of a conversation that somebody listens to here, or is *owned* here."""
+
+    def hear_end(
+        self, conversation: str, to: str, replies: tuple[StoredReply, ...], error: tuple[str, str] | None, direct: bool
+    ) -> None:
+        """A turn ended elsewhere. *direct*: the news is for those who wait for this turn, else for all readers."""
+
+    def hear_chunks(self, conversation: str, to: str, index: int, texts: list[str], direct: bool) -> None:
+        """A turn elsewhere says something."""
+
+    def hear_signal(self, conversation: str, signal: str, message: str) -> bool:
+        """Another worker asks for something: `cancel`, `leave`; whether there was anything to do."""
+
+    def resync(self, conversation: str) -> None:
+        """News of *conversation* may have been missed: read the journal."""
+
+    def resync_turns(self) -> None:
+        """News of turns that run elsewhere may have been missed: ask what became of them."""
 
 
 class Backend(Protocol):
@@ -92,17 +141,41 @@ class Backend(Protocol):
 
     url: str
     durability: str
+    warnings: tuple[str, ...]
+    """What about its settings is unsafe."""
+
+    async def start(self, listener: Listener) -> int:
+        """Take part: *listener* is handed what is unfinished, now and whenever this worker takes something over.
+
+        Returns how many turns were taken over at once.
+        """
 
     def append(
-        self, message: Message, *, channel: str, locale: str | None, given: bool = True
+        self, message: Message, *, channel: str, locale: str | None, given: bool = True, chunks: bool = False
     ) -> asyncio.Future[Appended]:
         """Keep *message* (its seq is 0) unless its id is known in its conversation; on disk when it resolves.
 
         *given* False says that the id was made by this host, so it can't be a repeat and need not be looked for.
+        *chunks*: who sent it wants them told directly, wherever the turn runs.
         """
 
+    def owns(self, conversation: str) -> bool:
+        """Whether turns of *conversation* run here now."""
+
+    def follow(self, conversation: str, on: bool) -> None:
+        """Somebody listens to *conversation* here, from now on or no longer."""
+
+    def tell_chunks(self, fence: Any, conversation: str, to: str, index: int, texts: list[str]) -> None:
+        """Tell those who listen on other workers what a turn of this one says. Waits for nobody, fails silently."""
+
+    async def signal(self, conversation: str, signal: str, message: str) -> bool:
+        """Ask the owner of *conversation* for something; what its `hear_signal` said, False if there is none."""
+
     def finish(self, end: TurnEnd) -> asyncio.Future[tuple[StoredReply, ...] | None]:
-        """End a turn. Resolves to its replies with their seq; None when the turn had ended before: nothing was kept."""
+        """End a turn. Resolves to its replies with their seq; None when the turn had ended before: nothing was kept.
+
+        Raises `StaleOwner` when the turn is another worker's by now: nothing was kept either.
+        """
 
     def post(self, reply: StoredReply, *, deliver: bool) -> asyncio.Future[StoredReply | None]:
         """Keep a reply outside a turn; None when there is no such conversation."""
@@ -135,17 +208,24 @@ class Backend(Protocol):
     async def kv_get(self, plugin: str, key: str) -> bytes | None: ...
     async def kv_set(self, plugin: str, key: str, value: bytes | None) -> None: ...
     async def kv_keys(self, plugin: str, prefix: str) -> list[str]: ...
+    async def hand_over(self, timeout_s: float) -> None:
+        """Leave the turns to other workers: each conversation as soon as nothing of it runs here."""
+
     async def aclose(self) -> None: ...
 
 
-Kind = Literal["sqlite"]
+async def open_backend(url: str, metrics: Metrics, *, name: str = "") -> Backend:
+    """Open the backend that *url* names, for the worker called *name*.
 
-
-async def open_backend(url: str, metrics: Metrics) -> Backend:
-    """Open the backend that *url* names. Raises `BackendError` with the remedy when it can't be used."""
+    Raises `BackendError` with the remedy when it can't be used.
+    """
     scheme, _, path = url.partition(":///")
     if scheme == "sqlite" and path:
         from .sqlite import SqliteBackend
 
         return await SqliteBackend.open(path, metrics)
-    raise BackendError(f"backend {url}: this version has sqlite:///path only")
+    if scheme.partition(":")[0].removesuffix("+cluster").removesuffix("+sentinel") in ("redis", "rediss"):
+        from .redis import RedisBackend
+
+        return await RedisBackend.open(url, metrics, name=name)
+    raise BackendError(f"backend {url}: write sqlite:///path or redis://host:port/0")

@@ -23,7 +23,7 @@ from hotdesk_sdk import Message
 
 from ..errors import BackendError, BackendUnavailable
 from ..metrics import Metrics
-from . import Appended, ConversationRecord, Entry, Outcome, StoredReply, TurnEnd
+from . import Appended, ConversationRecord, Entry, Listener, Outcome, StoredReply, TurnEnd
 from .lock import FileLock
 from .sqlite_journal import Append, Journal, record_of
 from .sqlite_schema import migrate
@@ -54,6 +54,7 @@ class SqliteBackend:
     """See `backend.Backend` for what is promised."""
 
     durability = "sqlite WAL, synchronous=FULL: accepted is on disk"
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, path: str, metrics: Metrics) -> None:
         self.url = f"sqlite:///{path}"
@@ -193,8 +194,31 @@ class SqliteBackend:
             else:
                 future.set_result(result)
 
+    async def start(self, listener: Listener) -> int:
+        unfinished = await self.unfinished()
+        for message, record in unfinished:
+            listener.run(message, record, attempt=2, opened=False, fence=None)
+        for reply, record in await self.undelivered():
+            listener.redeliver(reply, record)
+        return len(unfinished)
+
+    def owns(self, conversation: str) -> bool:
+        return True
+
+    def follow(self, conversation: str, on: bool) -> None:
+        pass  # whoever could say something says it here
+
+    def tell_chunks(self, fence: Any, conversation: str, to: str, index: int, texts: list[str]) -> None:
+        pass
+
+    async def signal(self, conversation: str, signal: str, message: str) -> bool:
+        return False
+
+    async def hand_over(self, timeout_s: float) -> None:
+        pass
+
     def append(
-        self, message: Message, *, channel: str, locale: str | None, given: bool = True
+        self, message: Message, *, channel: str, locale: str | None, given: bool = True, chunks: bool = False
     ) -> asyncio.Future[Appended]:
         return self._submit(Append(message, channel, locale, given))
 

@@ -177,7 +177,7 @@ class Journal:
             opened = True
         key = (warm.row, message.id)
         if (first := self._ids.get(key)) is not None:
-            return Appended(first[0], first[1], True, False, warm.record)
+            return Appended(first[0], first[1], True, False, warm.record, here=False)
         seq = warm.last_seq = warm.last_seq + 1
         self._ids[key] = (seq, message.at)
         self._journal.append((warm.row, seq, 0, message.id, message.at, body))

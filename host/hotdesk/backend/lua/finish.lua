@@ -1,0 +1,58 @@
+-- End a turn: its replies, what it changed, and the news of it, all or nothing. Only its owner may.
+-- KEYS  own, in, conversation, journal, undelivered, tries
+-- ARGV  base, me, epoch, conversation, seq, tag, origin, head of the news, "1" to deliver, "1" when it was tried before,
+--       "1" when it closes the conversation, how many fields of the record follow as names and values,
+--       how many names of fields follow that go, then the replies
+-- Gives {1, seq of the first reply, n}, {0} when the turn had ended, {-1} when the owner is another
+local base, me, conversation, seq = ARGV[1], ARGV[2], ARGV[4], ARGV[5]
+local own = redis.call('HMGET', KEYS[1], 'owner', 'epoch')
+if own[1] ~= me or own[2] ~= ARGV[3] then
+  redis.call('HINCRBY', KEYS[1], 'refused', 1)
+  return {-1}
+end
+local open = redis.call('HGET', KEYS[3], 'o' .. seq)
+if not open then
+  return {0}
+end
+local space = string.find(open, ' ', 1, true)
+local n = string.sub(open, 1, space - 1)
+if string.sub(open, space + 1) ~= ARGV[6] then
+  return {0}
+end
+redis.call('HDEL', KEYS[3], 'o' .. seq)
+redis.call('XDEL', KEYS[2], n .. '-0')
+if ARGV[10] == '1' then
+  redis.call('HDEL', KEYS[6], n)
+end
+local at = 13
+local fields = tonumber(ARGV[12])
+if fields > 0 then
+  redis.call('HSET', KEYS[3], unpack(ARGV, at + 1, at + 2 * fields))
+end
+at = at + 2 * fields
+local gone = tonumber(ARGV[13])
+if gone > 0 then
+  redis.call('HDEL', KEYS[3], unpack(ARGV, at + 1, at + gone))
+end
+at = at + gone
+if ARGV[11] == '1' then
+  redis.call('HSET', KEYS[3], 'x', 1)
+end
+local first = 0
+local news = ARGV[8]
+for i = at + 1, #ARGV do
+  local number = redis.call('RPUSH', KEYS[4], ARGV[i])
+  if first == 0 then
+    first = number
+  end
+  if ARGV[9] == '1' then
+    redis.call('HSET', KEYS[5], number .. ' ' .. conversation, ARGV[i])
+  end
+  news = news .. '\n' .. ARGV[i]
+end
+news = 'E ' .. first .. '\n' .. news
+redis.call('SPUBLISH', base .. 'e:' .. conversation, news)
+if ARGV[7] ~= '' and ARGV[7] ~= me then
+  redis.call('SPUBLISH', base .. 'h:' .. ARGV[7], news)
+end
+return {1, first}

@@ -1,0 +1,282 @@
+"""Who is alive, and which partitions each owns: leases by heartbeat, partitions by rendezvous hashing.
+
+Every worker renews one lease, whatever it owns, so the cost of being alive does not grow with the partitions. Each
+works out for itself who should own what (highest random weight, Thaler and Ravishankar 1998): when a worker comes or
+goes, only its own partitions change hands. What is a dead worker's is taken; what is a living one's, that one hands
+over at a quiet moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections.abc import Callable
+
+from redis.crc import key_slot
+
+from ..errors import BackendError, BackendUnavailable
+from ..logs import get_log
+from .redis_partitions import Calls, Partition, Partitions
+
+__all__ = ["LEASE_MS", "Members"]
+
+LEASE_MS = 1200
+"""How long a worker that says nothing counts as alive."""
+
+BEAT_S = 0.25
+
+QUIET_S = 10.0
+"""How long a partition that is to be handed over may wait for a moment in which nothing of it runs."""
+
+HOLD_S = 2.0
+"""Then nothing new of it is begun; what still runs after so long begins anew at its next owner."""
+
+SETTLE_S = 5.0
+"""How long a start waits for its share of partitions."""
+
+SWEEP = 2
+"""How many owned partitions are compared with Redis at each beat, for news that went missing unseen."""
+
+
+class Members:
+    """This worker among the others."""
+
+    def __init__(self, prefix: str, calls: Calls, partitions: Partitions, me: str, info: str) -> None:
+        self._key = f"{prefix}{{ctl}}:members"
+        self._slot: int = key_slot(self._key.encode())
+        self._calls = calls
+        self._partitions = partitions
+        self._me = me
+        self._info = info
+        self.alive: dict[str, str] = {}
+        """The names of the living, this worker's too, and what is to be known of each."""
+
+        self._settled = False
+        self._task: asyncio.Task[None] | None = None
+        self._leaving = False
+        self._taking = False
+        self._looked_at = 0.0
+        self._swept = 0
+        self._wake = asyncio.Event()
+        self.taken = 0
+        """Turns that were taken over."""
+
+        self.hand_overs = 0
+        self.on_beat: Callable[[], None] = lambda: None
+
+    # -- leases ----------------------------------------------------------------------------------------------
+
+    async def join(self) -> None:
+        """Begin to live, and take this worker's share. Raises `BackendUnavailable`."""
+        await self._beat()
+        self._task = self._partitions.spawn(self._live())
+        deadline = time.monotonic() + SETTLE_S
+        while not self._settled and time.monotonic() < deadline:
+            await self._plan()
+            if not self._settled:
+                await asyncio.sleep(0.02)
+
+    async def _live(self) -> None:
+        while not self._leaving:
+            try:
+                async with asyncio.timeout(BEAT_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            try:
+                changed = await self._beat()
+                if changed or not self._settled:
+                    await self._plan()
+                await self._sweep()
+                self.on_beat()
+            except BackendUnavailable:
+                continue
+            except Exception as exc:  # a fault of ours in one beat must not end this worker's life
+                get_log().error("beat_failed", exc_info=exc)
+
+    async def _beat(self) -> bool:
+        """Renew the lease; whether somebody came or went."""
+        now, grace, rows = await self._calls.script(
+            "beat", self._slot, (self._key,), self._me, LEASE_MS, self._info, aside=True
+        )
+        alive: dict[str, str] = {}
+        forgotten = []
+        for name, value in zip(rows[::2], rows[1::2], strict=True):
+            if name.startswith(b"@"):
+                continue
+            until, _, info = value.partition(b" ")
+            if int(until) > now or grace > now:
+                alive[name.decode()] = info.decode()
+            elif int(until) < now - 60_000:
+                forgotten.append(name)
+        if forgotten:
+            await self._calls.command(self._slot, "HDEL", self._key, *forgotten)
+        changed = alive.keys() != self.alive.keys()
+        if changed and self.alive:
+            for name in self.alive.keys() - alive.keys():
+                get_log().warning("worker_gone", worker=name, about=self.alive[name])
+        self.alive = alive
+        if changed:
+            self._settled = False
+        return changed
+
+    async def bury(self, name: str) -> None:
+        """A worker is known to be dead: its lease ends now."""
+        await self._calls.script("beat", self._slot, (self._key,), name, 0, "", aside=True)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Look at once who is alive."""
+        self._wake.set()
+
+    # -- partitions ------------------------------------------------------------------------------------------
+
+    def owner_of(self, number: int, names: tuple[str, ...]) -> str:
+        """Who of *names* should own a partition."""
+        tail = f"/{number}".encode()
+        return max(names, key=lambda name: (_weight(name.encode() + tail), name))
+
+    async def _plan(self) -> None:
+        """Take what is this worker's share and nobody's, hand over what is another's."""
+        if self._leaving or self._taking:
+            return
+        self._taking = True
+        try:
+            names = tuple(self.alive)
+            missing = []
+            for partition in self._partitions.all:
+                to = self.owner_of(partition.number, names) if names else self._me
+                if to == self._me:
+                    if not partition.mine and not partition.loading:
+                        missing.append(partition)
+                elif partition.mine and partition.giving is None:
+                    partition.giving = self._partitions.spawn(self._hand_over(partition))
+            self._settled = not missing
+            if missing:
+                self._settled = await self._take(missing)
+        finally:
+            self._taking = False
+
+    async def _take(self, missing: list[Partition]) -> bool:
+        """Take those of *missing* that nobody alive has; whether none is left."""
+        looking = [
+            self._calls.command(partition.slot, "HMGET", partition.own, "owner", "epoch") for partition in missing
+        ]
+        await asyncio.gather(*looking, return_exceptions=True)
+        free: list[tuple[Partition, str, str]] = []
+        for partition, row in zip(missing, looking, strict=True):
+            owner, epoch = await row
+            owner = owner.decode() if owner else ""
+            if owner == "" or owner not in self.alive or owner == self._me:
+                free.append((partition, owner, epoch.decode() if epoch else "0"))
+        results = await asyncio.gather(*(self._take_one(*one) for one in free), return_exceptions=True)
+        for result in results:
+            if isinstance(result, int):
+                self.taken += result
+            elif not isinstance(result, BackendError):
+                raise result
+        return all(partition.mine for partition in missing)
+
+    async def _take_one(self, partition: Partition, owner: str, epoch: str) -> int:
+        if partition.mine or partition.loading:
+            return 0
+        partition.loading = True
+        try:
+            taken, *now = await self._calls.script("take", partition.slot, (partition.own,), self._me, owner, epoch)
+        except BaseException:
+            partition.loading = False
+            raise
+        if not taken:
+            partition.loading = False
+            return 0
+        return await self._partitions.load(partition, now[0].decode(), crashed=owner not in ("", self._me))
+
+    def given(self, partition: Partition, epoch: str, by: str) -> None:
+        """Another worker handed *partition* to this one."""
+        if partition.mine or partition.loading or self._leaving:
+            return
+        partition.loading = True
+
+        async def load() -> None:
+            try:
+                self.taken += await self._partitions.load(partition, epoch, crashed=False)
+            except BackendError:
+                self._settled = False
+
+        self._partitions.spawn(load())
+
+    async def _hand_over(self, partition: Partition) -> None:
+        """Give *partition* to whom it should belong, at a moment in which nothing of it runs."""
+        try:
+            await self._wait_quiet(partition, QUIET_S)
+            if partition.open:
+                partition.holding = True
+                await self._wait_quiet(partition, HOLD_S)
+            names = tuple(name for name in self.alive if name != self._me or not self._leaving)
+            to = self.owner_of(partition.number, names) if names else ""
+            if partition.mine and to != self._me:
+                await self._give(partition, to)
+        except BackendError:
+            self._settled = False
+        finally:
+            partition.holding = False
+            partition.giving = None
+
+    async def _give(self, partition: Partition, to: str) -> None:
+        epoch = partition.epoch
+        self._partitions.lose(partition)
+        self.hand_overs += 1
+        await self._calls.script("give", partition.slot, (partition.own,), partition.base, self._me, epoch, to)
+
+    async def _wait_quiet(self, partition: Partition, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        wait_s = 0.0
+        while partition.open and partition.mine and time.monotonic() < deadline:
+            await asyncio.sleep(wait_s)
+            wait_s = min(0.02, wait_s + 0.001)
+
+    async def _sweep(self) -> None:
+        every = self._partitions.all
+        for _ in range(SWEEP):
+            self._swept = (self._swept + 1) % len(every)
+            await self._partitions.resync(every[self._swept])
+
+    async def resync(self) -> None:
+        """News may have been missed: compare every owned partition with Redis."""
+        self._settled = False
+        self._wake.set()
+        await asyncio.gather(*(self._partitions.resync(one) for one in self._partitions.all if one.mine))
+
+    async def leave(self, timeout_s: float) -> None:
+        """Hand everything over, and be no more. What is open then begins anew elsewhere."""
+        self._leaving = True
+        names = tuple(name for name in self.alive if name != self._me)
+
+        async def give(partition: Partition) -> None:
+            partition.holding = True
+            await self._wait_quiet(partition, timeout_s)
+            if partition.mine:
+                await self._give(partition, self.owner_of(partition.number, names) if names else "")
+
+        given = await asyncio.gather(
+            *(give(partition) for partition in self._partitions.all if partition.mine), return_exceptions=True
+        )
+        for result in given:
+            if isinstance(result, BaseException) and not isinstance(result, BackendError):
+                raise result
+        if self._task is not None:
+            self._task.cancel()
+        try:
+            await self._calls.script("beat", self._slot, (self._key,), self._me, 0, "", aside=True)
+        except BackendError:
+            pass  # the lease runs out by itself
+
+
+def _weight(key: bytes) -> int:
+    """A hash that is the same in every process, spread over 32 bits also where keys differ in their last digit only."""
+    value = zlib.crc32(key)
+    value = (value ^ (value >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    value = (value ^ (value >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    return value ^ (value >> 16)

@@ -1,0 +1,133 @@
+"""Which Redis server a command goes to, and the connections to it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+from redis.asyncio.connection import Connection
+from redis.asyncio.sentinel import Sentinel
+from redis.exceptions import ReadOnlyError, RedisError
+
+from .redis_news import News
+from .redis_url import RedisUrl
+from .redis_wire import CONNECT_S, Command, Lane, Scripts, connect
+
+__all__ = ["Hears", "OneServer", "Servers"]
+
+
+class Hears(Protocol):
+    """Who is told what comes from the servers."""
+
+    def on_news(self, channel: str, data: bytes) -> None: ...
+    def on_confirmed(self, channel: str) -> None:
+        """From now on *channel* is heard."""
+
+    def on_open(self) -> None:
+        """All channels of a server are heard again: what was said meanwhile was not."""
+
+    def on_close(self) -> None:
+        """They are not heard any more."""
+
+    def on_batch(self, commands: int, seconds: float) -> None: ...
+
+
+class Servers(Protocol):
+    """Where commands and channels go, by the slot of their keys."""
+
+    def send(self, command: Command, *, aside: bool = False) -> None:
+        """*aside*: on a connection of its own, so that a long answer keeps no turn waiting."""
+
+    def subscribe(self, channel: str) -> None: ...
+    def unsubscribe(self, channel: str) -> None: ...
+    def start_news(self) -> None: ...
+    async def wait_news(self) -> None: ...
+    async def each(self, *args: Any) -> list[Any]:
+        """One command to every server; their answers."""
+
+    def trouble(self) -> str | None:
+        """Why a server can't be reached, while one can't."""
+
+    async def aclose(self) -> None: ...
+
+
+class OneServer:
+    """One server, or the master that Sentinel names."""
+
+    def __init__(self, url: RedisUrl, scripts: Scripts, hears: Hears) -> None:
+        self._url = url
+        self._scripts = scripts
+        self._sentinel: Sentinel | None = None
+        if url.kind == "sentinel":
+            self._sentinel = Sentinel(  # type: ignore[no-untyped-call]
+                list(url.hosts),
+                socket_timeout=CONNECT_S,
+                socket_connect_timeout=CONNECT_S,
+                **({"ssl": True, "ssl_ca_certs": url.ca} if url.tls else {}),
+            )
+        self._main = Lane(self._connect, name=url.text, scripts=scripts, replicas=url.replicas, on_batch=hears.on_batch)
+        self._aside = Lane(self._connect, name=url.text, scripts=scripts)
+        self._news = News(
+            lambda: self._connect(scripts=False),
+            hear=hears.on_news,
+            on_open=hears.on_open,
+            on_close=hears.on_close,
+            confirmed=hears.on_confirmed,
+        )
+
+    async def _connect(self, scripts: bool = True) -> Connection:
+        host, port = await self._address()
+        connection = await connect(self._url, host, port, scripts=self._scripts if scripts else None)
+        if self._sentinel is not None:
+            await self._refuse_replica(connection)
+        return connection
+
+    async def _address(self) -> tuple[str, int]:
+        if self._sentinel is None:
+            return self._url.hosts[0]
+        async with asyncio.timeout(CONNECT_S):
+            host, port = await self._sentinel.discover_master(self._url.service)
+        return str(host), int(port)
+
+    async def _refuse_replica(self, connection: Connection) -> None:
+        """Sentinel may name a master that is one no longer."""
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await connection.send_command("ROLE", check_health=False)
+                role = await connection.read_response()
+        except (RedisError, OSError, TimeoutError):
+            await connection.disconnect(nowait=True)
+            raise
+        if not isinstance(role, list) or role[0] != b"master":
+            await connection.disconnect(nowait=True)
+            raise ReadOnlyError("the server that Sentinel names is no master yet")
+
+    def send(self, command: Command, *, aside: bool = False) -> None:
+        (self._aside if aside else self._main).send(command)
+
+    def subscribe(self, channel: str) -> None:
+        self._news.subscribe(channel)
+
+    def unsubscribe(self, channel: str) -> None:
+        self._news.unsubscribe(channel)
+
+    def start_news(self) -> None:
+        self._news.start()
+
+    async def wait_news(self) -> None:
+        await self._news.wait_open()
+
+    async def each(self, *args: Any) -> list[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._aside.send(Command(args, future, -1, False))
+        return [await future]
+
+    def trouble(self) -> str | None:
+        return self._main.down
+
+    async def aclose(self) -> None:
+        await self._main.aclose()
+        await self._news.aclose()
+        await self._aside.aclose()
+        if self._sentinel is not None:
+            await self._sentinel.aclose()
