@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from tests.redis_servers.fixtures import namespace, own_redis, redis, shared_redis  # noqa: F401
 
 from hotdesk.app import Host, open_host
 from hotdesk.config import Config, PluginSettings

@@ -25,6 +25,7 @@ from .backend.lock import FolderLock
 from .chat.assistant import Assistant
 from .chat.background import Background
 from .chat.dispatch import Dispatch
+from .chat.elsewhere import Elsewhere
 from .chat.images import Images
 from .chat.intake import Intake
 from .chat.outbox import Outbox
@@ -33,7 +34,6 @@ from .chat.summaries import Summaries
 from .chat.tools import Toolbox
 from .chat.turns import Turns
 from .config import Config, LlmSettings, read_llm_settings
-from .errors import ConfigError
 from .llm.client import Llm
 from .logs import get_log
 from .metrics import Metrics
@@ -51,13 +51,18 @@ from .runtime.reload import Plugins
 from .runtime.settings_file import follow_settings
 from .runtime.stalls import StallWatch
 from .runtime.wasm_loader import WasmLoader
-from .web.access import Access
+from .web.access import Access, keep_admin_token
 from .web.admin import Admin
 from .web.application import Doors, make_application
 from .web.conversations import Conversations
+from .web.departure import Departure
 from .web.images import ImageDoor
+from .web.inner import serve_inner
 from .web.plugin_pages import PluginPages, compile_routes
+from .web.port import BACKLOG, bind_port
 from .web.probes import Probes
+from .web.seat import Seat
+from .web.siblings import Siblings
 from .web.webhooks import Webhooks
 from .web.websocket import WebSockets
 from .web.wire import Wire
@@ -89,6 +94,8 @@ class Host:
     purge: Callable[[float], Awaitable[None]]
     """Delete what nobody has touched since a time (Unix seconds), here and in memory; by itself once an hour, where
     `retention_days` is set."""
+    catch_up: Callable[[], Awaitable[None]]
+    """For a worker that the others know of from now on: take what commands did in them while it was starting."""
 
 
 @contextlib.asynccontextmanager
@@ -98,9 +105,11 @@ async def open_host(
     listen: Callable[[dict[str, Any]], None] | None = None,
     log_events: bool = True,
     serve: bool = True,
+    seat: Seat | None = None,
 ) -> AsyncIterator[Host]:
     """Run a host while the context is open. *listen* hears every plugin event, which the log has too
-    unless *log_events* is False; *serve* False opens no port.
+    unless *log_events* is False; *serve* False opens no port. *seat* is a worker's, whose supervisor has the folder
+    and the port.
 
     Raises `ConfigError` or `BackendError` when it can't start. Leaving the context stops taking messages, lets
     what runs finish within `stop_timeout_s`, and leaves the rest in the journal.
@@ -114,13 +123,15 @@ async def open_host(
     if listen is not None:
         events.listen(listen)
     async with contextlib.AsyncExitStack() as stack:
-        lock = FolderLock(Path(config.data))
-        lock.acquire()
-        stack.callback(lock.release)
-        sock = _bind(config) if serve else None
+        if seat is None:
+            lock = FolderLock(Path(config.data))
+            lock.acquire()
+            stack.callback(lock.release)
+        sock = seat.sock if seat is not None else bind_port(config) if serve else None
         if sock is not None:
             stack.callback(sock.close)
-        access = Access(config)
+        siblings = seat.siblings if seat is not None else Siblings()
+        access = Access(config, seat.keys if seat is not None else None)
         backend = await open_backend(config.backend_url, metrics)
         stack.push_async_callback(backend.aclose)
         images = Images(
@@ -168,10 +179,15 @@ async def open_host(
             log_turns=config.log_level == "debug",
             log_text=config.log_text,
         )
+        elsewhere = Elsewhere(
+            backend=backend, turns=turns, recent=recent, outbox=outbox, background=background, log=log
+        )
+        stack.push_async_callback(elsewhere.aclose)
         intake = Intake(
             backend=backend,
             images=images,
             turns=turns,
+            elsewhere=elsewhere,
             recent=recent,
             outbox=outbox,
             background=background,
@@ -201,6 +217,13 @@ async def open_host(
         async def remember(enabled: dict[str, bool]) -> None:
             await backend.kv_set(HOST_KEYS, "enabled", msgspec.json.encode(enabled))
 
+        async def recall() -> dict[str, bool]:
+            kept = await backend.kv_get(HOST_KEYS, "enabled")
+            return msgspec.json.decode(kept, type=dict[str, bool]) if kept else {}
+
+        async def catch_up() -> None:
+            await plugins.take_overrides(await recall())
+
         plugins = Plugins(
             config,
             active=active,
@@ -211,6 +234,8 @@ async def open_host(
             log=log,
             archive=Archive(Path(config.data) / "plugins", log),
             remember=remember,
+            number=seat.number if seat is not None else None,
+            joining=seat.joining if seat is not None else "",
         )
         metrics.watch_gauge("hotdesk_turns_live", "Turns accepted and not ended", lambda: turns.live)
         metrics.watch_gauge("hotdesk_generations_alive", "Generations not proven gone", lambda: maker.alive)
@@ -221,23 +246,31 @@ async def open_host(
         gc.collect()
         gc.freeze()  # what lives as long as the host need not be looked at by every collection; plugins come after
         stack.callback(gc.unfreeze)
-        kept = await backend.kv_get(HOST_KEYS, "enabled")
-        await plugins.start(msgspec.json.decode(kept, type=dict[str, bool]) if kept else {})
+        await plugins.start(await recall())
         stack.push_async_callback(background.aclose, config.stop_timeout_s)
         stack.push_async_callback(turns.aclose, config.stop_timeout_s)
         resumed = await intake.resume()
         wire = Wire(metrics, log)
+        runners: list[web.AppRunner] = []
         doors = Doors(
             wire=wire,
             access=access,
             conversations=Conversations(
-                config, intake=intake, turns=turns, outbox=outbox, backend=backend, access=access, metrics=metrics
+                config,
+                intake=intake,
+                turns=turns,
+                elsewhere=elsewhere,
+                outbox=outbox,
+                backend=backend,
+                access=access,
+                metrics=metrics,
             ),
             images=ImageDoor(images, access),
             websockets=WebSockets(
                 config,
                 intake=intake,
                 turns=turns,
+                elsewhere=elsewhere,
                 outbox=outbox,
                 backend=backend,
                 access=access,
@@ -246,7 +279,16 @@ async def open_host(
             ),
             webhooks=Webhooks(intake=intake, background=background),
             pages=PluginPages(active, calls),
-            admin=Admin(config, plugins=plugins, maker=maker, events=events, access=access, metrics=metrics),
+            admin=Admin(
+                config,
+                plugins=plugins,
+                maker=maker,
+                events=events,
+                access=access,
+                metrics=metrics,
+                siblings=siblings,
+                facts=lambda: {"connections": sum(map(_connections, runners)), "turns": turns.live},
+            ),
             probes=Probes(
                 backend=backend,
                 registry=registry,
@@ -255,9 +297,28 @@ async def open_host(
                     "watch": plugins.watch_mode,
                     "plugins": sum(e.current is not None for e in plugins.entries),
                 },
+                siblings=siblings,
             ),
         )
-        url = await _serve(config, sock, doors, intake, turns, stack) if sock is not None else ""
+        if seat is not None:
+            stop_inner = await serve_inner(
+                seat.path, worker=seat.worker, admin=doors.admin, registry=registry, wire=wire
+            )
+            stack.push_async_callback(stop_inner)
+
+        async def leave() -> None:
+            """Finish what runs here, hand the rest to other workers, and wait for what was accepted here."""
+            until = time.monotonic() + config.stop_timeout_s
+            handing = asyncio.create_task(backend.hand_over(config.stop_timeout_s))
+            await turns.wait_idle(config.stop_timeout_s)
+            await handing
+            await elsewhere.wait_idle(until - time.monotonic())
+
+        url = ""
+        if sock is not None:
+            departure = seat.departure if seat is not None else None
+            runners.append(await _serve(config, sock, doors, intake, leave, stack, departure))
+            url = _url(config, sock)
         if not serve:
             stack.callback(intake.stop)
 
@@ -285,7 +346,8 @@ async def open_host(
 
             following = host_task(follow_settings(Path(config.file), read_models, take_models, events))
             stack.callback(following.cancel)
-        access.keep_admin_token()
+        if seat is None:
+            keep_admin_token(config, access.keys)
         intake.open()
         yield Host(
             config,
@@ -296,11 +358,12 @@ async def open_host(
             plugins,
             events,
             metrics,
-            access.new_admin_token,
+            access.keys.new_admin_token,
             resumed,
             images,
             llm,
             purge,
+            catch_up,
         )
 
 
@@ -315,46 +378,47 @@ def _watch_stalls(config: Config, maker: Maker, events: Events, metrics: Metrics
     return stalls
 
 
-def _bind(config: Config) -> socket.socket:
-    """Take the port before anything else is begun, so that one that is taken costs nothing. Nobody gets in yet."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-    except OSError as exc:
-        raise ConfigError("host", config.host, "start", f"it is no address of this machine: {exc.strerror}") from exc
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as exc:
-        sock.close()
-        remedy = f"can't listen on {config.host}: {exc.strerror}; choose another with --port or HOTDESK_PORT"
-        raise ConfigError("port", config.port, "start", remedy) from exc
-    return sock
-
-
 async def _serve(
-    config: Config, sock: socket.socket, doors: Doors, intake: Intake, turns: Turns, stack: contextlib.AsyncExitStack
-) -> str:
-    """Listen; on the way out, stop taking messages first, then tell everyone connected to come back."""
+    config: Config,
+    sock: socket.socket,
+    doors: Doors,
+    intake: Intake,
+    leave: Callable[[], Awaitable[None]],
+    stack: contextlib.AsyncExitStack,
+    departure: Departure | None,
+) -> web.AppRunner:
+    """Listen; on the way out, leave the port to the other workers, where there are any; stop taking messages, then
+    tell everyone connected to come back."""
     runner = web.AppRunner(
-        make_application(config, doors), access_log=None, handle_signals=False, shutdown_timeout=config.stop_timeout_s
+        make_application(config, doors, departure),
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=config.stop_timeout_s,
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.SockSite(runner, sock, backlog=1024).start()
+    await web.SockSite(runner, sock, backlog=BACKLOG).start()
 
     async def stop() -> None:
+        if departure is not None:
+            await departure.leave(runner)
         intake.stop()
-        await turns.wait_idle(config.stop_timeout_s)
+        await leave()
         doors.conversations.stop()
         doors.admin.stop()
         await doors.websockets.aclose()
 
     stack.push_async_callback(stop)
+    return runner
+
+
+def _url(config: Config, sock: socket.socket) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{sock.getsockname()[1]}"
+
+
+def _connections(runner: web.AppRunner) -> int:
+    return len(runner.server.connections) if runner.server is not None else 0
 
 
 async def _keep_purging(purge: Callable[[float], Awaitable[None]], days: int, log: Any) -> None:

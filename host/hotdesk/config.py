@@ -35,6 +35,9 @@ NotNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 
 
+REDIS_SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
+
+
 class PluginSettings(msgspec.Struct, frozen=True):
     """What the operator says of one plugin in `[plugins.NAME]`; all other keys there are the plugin's own config."""
 
@@ -372,12 +375,14 @@ def _relative_to(folder: Path, value: Any) -> Any:
 
 def _check_together(config: Config) -> None:
     scheme = config.backend_url.partition(":")[0]
-    if scheme in ("redis", "rediss", "redis+cluster", "redis+sentinel"):
-        raise ConfigError("backend", config.backend, "start", "this version has sqlite:///path only")
-    if not config.backend_url.startswith("sqlite:///") or len(config.backend_url) <= len("sqlite:///"):
-        raise ConfigError("backend", config.backend, "start", "write sqlite:///path (three slashes, four if absolute)")
-    if config.workers != 1:
-        raise ConfigError("workers", config.workers, "start", "the sqlite backend serves from one process; use 1")
+    shared = scheme in REDIS_SCHEMES
+    if not shared and (not config.backend_url.startswith("sqlite:///") or len(config.backend_url) <= len("sqlite:///")):
+        remedy = "write sqlite:///path (three slashes, four if absolute) or redis://HOST:PORT/0"
+        raise ConfigError("backend", "…" if "@" in config.backend else config.backend, "start", remedy)
+    if config.workers != 1 and not shared:
+        raise ConfigError(
+            "workers", config.workers, "start", "the sqlite backend serves from one process; use 1, or a redis backend"
+        )
     for name in ("image_hosts", "http_hosts"):
         for host in getattr(config, name):
             if not host or "/" in host or "*" in host or "@" in host or host != host.strip():

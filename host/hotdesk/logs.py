@@ -13,14 +13,19 @@ __all__ = ["Logger", "configure_logs", "get_log", "logs_are_for_people"]
 Logger = Any
 
 
-def configure_logs(format: str, level: str) -> None:
-    """Set structlog up for the process. `auto` is console on a terminal and JSON elsewhere."""
+def configure_logs(format: str, level: str, **fields: object) -> None:
+    """Set structlog up for the process. `auto` is console on a terminal and JSON elsewhere. *fields* are in each line."""
+
+    def add_fields(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
+        return {**fields, **event}
+
     format = "console" if logs_are_for_people(format) else "json"
     renderer: Any = (
         structlog.dev.ConsoleRenderer(pad_event_to=24) if format == "console" else structlog.processors.JSONRenderer()
     )
     processors: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        *([add_fields] if fields else []),
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]

@@ -6,8 +6,10 @@ chat room's affair. Every method blocks and belongs to a thread of its caller's,
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import fcntl
 import os
+import secrets
 from pathlib import Path
 
 __all__ = ["ImageStore"]
@@ -17,19 +19,25 @@ class ImageStore:
     """The folder `images` of one host: `images/ab/HASH`, and `images/tmp` for what is still being written.
 
     A file that is there is whole: it was written elsewhere, flushed and renamed. Its time of change says when it was
-    last wanted.
+    last wanted. Several workers may share it: each holds a lock on what it is writing.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tmp = folder / "tmp"
-        self._count = itertools.count()
 
     def sweep(self) -> None:
-        """Delete what a host that was killed left half written. Nothing else may be writing."""
-        if self._tmp.is_dir():
-            for left in self._tmp.iterdir():
-                left.unlink(missing_ok=True)
+        """Delete what a worker that was killed left half written."""
+        if not self._tmp.is_dir():
+            return
+        for left in self._tmp.iterdir():
+            with contextlib.suppress(OSError):
+                descriptor = os.open(left, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody is writing it
+                    left.unlink(missing_ok=True)
+                finally:
+                    os.close(descriptor)
 
     def path(self, hash: str) -> Path:
         return self._folder / hash[:2] / hash
@@ -48,19 +56,26 @@ class ImageStore:
             return False
         self._make(self._tmp)
         self._make(path.parent)
-        fresh = self._tmp / f"{hash}.{next(self._count)}"
         try:
-            descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            self._write(path, data)
+        except FileNotFoundError:  # swept between its creation and its lock, by a worker that begins
+            self._write(path, data)
+        _flush(path.parent)
+        return True
+
+    def _write(self, path: Path, data: bytes) -> None:
+        fresh = self._tmp / f"{path.name}.{secrets.token_hex(8)}"
+        try:
+            descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "wb") as file:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
+                os.fsync(descriptor)
+                fresh.replace(path)
         except OSError:
             fresh.unlink(missing_ok=True)
             raise
-        _flush(path.parent)
-        return True
 
     def _make(self, folder: Path) -> None:
         """Make *folder* below the store, and have its name on disk."""
@@ -95,8 +110,27 @@ class ImageStore:
         """Let an image count as wanted at *at*."""
         os.utime(self.path(hash), (at, at))
 
-    def delete(self, hash: str) -> None:
-        self.path(hash).unlink(missing_ok=True)
+    def delete(self, hash: str, before: float) -> bool:
+        """Delete an image unless somebody has wanted it since *before*; whether it is gone.
+
+        It is looked at once more when it is out of reach: another worker may have marked it just now.
+        """
+        path = self.path(hash)
+        self._make(self._tmp)
+        grave = self._tmp / f"{hash}.{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # so that no sweep takes it for a half
+            except BlockingIOError:  # somebody is just done with writing it
+                return False
+            if os.fstat(file.fileno()).st_mtime >= before:
+                return False
+            path.rename(grave)
+            if os.fstat(file.fileno()).st_mtime >= before:
+                grave.replace(path)
+                return False
+            grave.unlink()
+        return True
 
 
 def _flush(folder: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from ..backend import Backend, ConversationRecord, StoredReply
-from ..errors import BackendError, CallFailed
+from ..errors import BackendError, CallFailed, StaleOwner
 from ..logs import Logger
 from ..metrics import Metrics
 from ..runtime.active import Active, BoundHook, Slot
@@ -89,12 +90,21 @@ class Background:
         else:
             lane.append((reply, record))
 
+    def forget(self, belongs: Callable[[str], bool]) -> None:
+        """Hand out nothing more of the conversations that *belongs* is true of: another worker does."""
+        for conversation, lane in self._lanes.items():
+            if belongs(conversation):
+                while len(lane) > 1:
+                    lane.pop()
+
     async def _deliver_lane(self, conversation: str) -> None:
         lane = self._lanes[conversation]
         try:
             while lane:
                 await self._deliver_one(*lane[0])
                 lane.popleft()
+        except StaleOwner:
+            lane.clear()  # who owns the conversation now hands the rest out
         finally:
             del self._lanes[conversation]
 
@@ -103,6 +113,8 @@ class Background:
             try:
                 await self.call_plugin(record.channel, "deliver", ConversationView(record), reply)
                 await self._backend.delivered(record.id, reply.seq)
+            except StaleOwner:
+                raise
             except (CallFailed, LookupError, BackendError) as exc:
                 self._metrics.deliveries.labels(record.channel, "failed").inc()
                 self._log.warning(

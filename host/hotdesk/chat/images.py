@@ -383,8 +383,7 @@ class Images:
         for conversation in shown_in:  # first, so that what a kill leaves is a file, which the next purge finds
             self._shown.drop((conversation, hash))
             await self._backend.kv_set(_owner(hash), conversation, None)
-        await self._run(self._store.delete, hash)
-        return True
+        return await self._run(self._store.delete, hash, before)
 
 
 class _Recent(Generic[K, V]):

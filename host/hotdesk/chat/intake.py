@@ -17,6 +17,7 @@ from ..errors import BackendUnavailable, DoorError
 from ..metrics import Metrics
 from ..runtime.guards import host_task
 from .background import Background
+from .elsewhere import Elsewhere
 from .images import Images, Uploads
 from .outbox import Event, Outbox
 from .recent import Recent
@@ -74,6 +75,7 @@ class Intake:
         backend: Backend,
         images: Images,
         turns: Turns,
+        elsewhere: Elsewhere,
         recent: Recent,
         outbox: Outbox,
         background: Background,
@@ -83,6 +85,7 @@ class Intake:
         self._backend = backend
         self._images = images
         self._turns = turns
+        self._elsewhere = elsewhere
         self._recent = recent
         self._outbox = outbox
         self._background = background
@@ -135,7 +138,7 @@ class Intake:
         """Like `accept`, with a callback: it is called before the turn's first step, so before any chunk."""
         if not self.ready:
             raise DoorError("stopping", "the host is not ready to take messages", retry_after_s=1)
-        if self._turns.live + self._appending >= self._max_turns:
+        if self._turns.live + self._elsewhere.live + self._appending >= self._max_turns:
             raise DoorError("overloaded", f"{self._max_turns} turns are under way", retry_after_s=1)
         if new.attachments or (self._held and new.conversation in self._held):
             self._hold(_Held(new, told, door, channel))
@@ -211,7 +214,9 @@ class Intake:
             counter.inc()
             told(self._begin(message, future.result()))
 
-        appending = self._backend.append(message, channel=channel, locale=new.locale, given=new.id is not None)
+        appending = self._backend.append(
+            message, channel=channel, locale=new.locale, given=new.id is not None, chunks=door == "sse"
+        )
         self._appending += 1
         appending.add_done_callback(appended)
 
@@ -219,10 +224,16 @@ class Intake:
         if appended.duplicate:
             self._metrics.duplicates.inc()
             turn = self._turns.find(message.conversation, message.id)
+            if turn is None and appended.open:
+                msgspec.structs.force_setattr(message, "seq", appended.seq)
+                turn = self._elsewhere.follow_repeat(message)
             return Accepted(message.id, message.conversation, appended.seq, True, turn)
         msgspec.structs.force_setattr(message, "seq", appended.seq)
+        if not appended.here:
+            turn = self._elsewhere.follow(message)
+            return Accepted(message.id, message.conversation, appended.seq, False, turn)
         self._recent.note(message)
-        turn = self._turns.begin(message, appended.conversation)
+        turn = self._turns.begin(message, appended.conversation, fence=appended.fence)
         if self._outbox.listened(message.conversation):
             self._outbox.tell(message.conversation, Event.of(message))
         if appended.opened:
@@ -250,6 +261,8 @@ class Intake:
         stored = await self._backend.post(reply, deliver=deliver)
         if stored is None or record is None:
             raise LookupError(f"nothing was ever said in conversation {conversation!r}")
+        if not self._backend.owns(conversation):
+            return stored  # whoever owns it hears of it, and so does whoever listens
         self._outbox.tell(conversation, Event.of(stored))
         self._recent.note(stored)
         self._background.observe("on_reply", stored)
@@ -259,12 +272,7 @@ class Intake:
 
     async def resume(self) -> int:
         """Run what was accepted and not answered before the last stop. Returns how many that are."""
-        unfinished = await self._backend.unfinished()
-        for message, record in unfinished:
-            self._turns.begin(message, record, attempt=2)
-        for reply, record in await self._backend.undelivered():
-            self._background.deliver(reply, record)
-        return len(unfinished)
+        return await self._backend.start(self._elsewhere)
 
 
 def _refusal(exc: BaseException) -> BaseException:

@@ -21,6 +21,9 @@ from ..runtime.guards import host_task
 
 __all__ = ["Chunk", "Event", "Outbox", "Reader", "Sink"]
 
+NEWEST = 2**53
+"""Above every seq, and a whole number to a Lua script too."""
+
 PAGE = 200
 """Entries read from the journal at a time while catching up."""
 
@@ -102,6 +105,32 @@ class Reader:
         self._catching: asyncio.Task[None] | None = None
         self._dirty = False
 
+    def anchor(self, seq: int) -> None:
+        """The entry *seq* was made after this reader came: what follows is not to be missed, whoever tells it."""
+        if self._last is None:
+            self._last = seq - 1
+
+    def resync(self) -> None:
+        """News may have been missed: read the journal."""
+        if self._catching is not None:
+            self._dirty = True
+        elif self._last is not None:
+            self._catch_up()
+        else:
+            self._catching = host_task(self._read_newest())
+
+    async def _read_newest(self) -> None:
+        """From now on is from the newest entry on, if nothing was told by then."""
+        try:
+            newest = await self._backend.history(self.conversation, NEWEST, 1)
+        except BackendUnavailable:
+            newest = []  # the next connection begins with this again
+        if self._last is None and newest:
+            self._last = newest[-1].seq
+            self._catching = None
+        else:
+            await self._read()
+
     def start(self) -> None:
         """Read what was missed."""
         if self._last is not None:
@@ -161,12 +190,19 @@ class Outbox:
 
     def __init__(self) -> None:
         self._readers: dict[str, list[Reader]] = {}
+        self.on_listen: Callable[[str, bool], None] = lambda conversation, on: None
+        """Called when the first reader came to a conversation, and when the last one left."""
         self.on_change: Callable[[str], None] = lambda conversation: None
         """Called when somebody came to a conversation or left it."""
 
     def join(self, reader: Reader) -> Callable[[], None]:
         """Have *reader* hear of its conversation; returns how to leave."""
-        self._readers.setdefault(reader.conversation, []).append(reader)
+        readers = self._readers.get(reader.conversation)
+        if readers is None:
+            self._readers[reader.conversation] = [reader]
+            self.on_listen(reader.conversation, True)
+        else:
+            readers.append(reader)
         reader.start()
         self.on_change(reader.conversation)
 
@@ -177,12 +213,23 @@ class Outbox:
                 readers.remove(reader)
                 if not readers:
                     del self._readers[reader.conversation]
+                    self.on_listen(reader.conversation, False)
                 self.on_change(reader.conversation)
 
         return leave
 
     def listened(self, conversation: str) -> bool:
         return conversation in self._readers
+
+    def anchor(self, conversation: str, seq: int) -> None:
+        """An entry was made by somebody here, and is told by somebody else."""
+        for reader in self._readers.get(conversation, ()):
+            reader.anchor(seq)
+
+    def resync(self, conversation: str) -> None:
+        """News of *conversation* may have been missed."""
+        for reader in self._readers.get(conversation, ()):
+            reader.resync()
 
     def tell_chunks(self, conversation: str, events: list[Event]) -> bool:
         """Tell every reader chunks that came together; true when there are readers, and none can take more."""

@@ -6,6 +6,7 @@ Holds nothing of conversations whose history nobody asks for, so those cost a fa
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from ..backend import Backend, Entry
 
@@ -80,6 +81,11 @@ class Recent:
         """The journal lost something: hold nothing that it may not have."""
         self._windows.clear()
         self._chars = 0
+
+    def forget(self, belongs: Callable[[str], bool]) -> None:
+        """Hold nothing of the conversations that *belongs* is true of: what is said there is not heard here."""
+        for conversation in [name for name in self._windows if belongs(name)]:
+            self._chars -= self._windows.pop(conversation).chars
 
     async def newest(self, conversation: str, limit: int) -> list[Entry]:
         """The newest *limit* entries, oldest first."""

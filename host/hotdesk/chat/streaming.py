@@ -8,6 +8,7 @@ from typing import Any
 
 from hotdesk_sdk import Reply
 
+from ..backend import Backend
 from ..errors import CallFailed, TurnAborted
 from ..logs import Logger
 from .outbox import Event, Outbox
@@ -22,8 +23,9 @@ Outcome = tuple[str | None, dict[str, Any], tuple[str, str] | None]
 class Streams:
     """Runs streamed replies."""
 
-    def __init__(self, outbox: Outbox, log: Logger, limit: int) -> None:
+    def __init__(self, outbox: Outbox, log: Logger, limit: int, backend: Backend) -> None:
         self._outbox = outbox
+        self._backend = backend
         self._log = log
         self._limit = limit
 
@@ -78,6 +80,8 @@ class Streams:
         """Tell everyone who listens; true when there are such, and none of them can take more."""
         conversation, shown = turn.message.conversation, turn.shown
         turn.shown = shown + len(texts)
+        if turn.fence is not None:
+            self._backend.tell_chunks(turn.fence, conversation, turn.id, shown, texts)
         watchers, listened = turn.watchers, self._outbox.listened(conversation)
         if not watchers and not listened:
             return False

@@ -138,8 +138,10 @@ class TurnRun:
         "answered_by",
         "attempt",
         "clock",
+        "dropped",
         "ended",
         "ending",
+        "fence",
         "message",
         "opened",
         "pending",
@@ -174,6 +176,10 @@ class TurnRun:
         self.rerun: Any = None
         self.refused: CallFailed | None = None
         self.abandoned = False
+        self.dropped = False
+        """Another worker runs it now: nothing that comes of it here counts."""
+        self.fence: Any = None
+        """What the backend knows it by."""
         self.task: asyncio.Task[None] | None = None
         """Who runs it; None before its first step."""
         self.pending: list[str] = []
@@ -267,6 +273,21 @@ class TurnRun:
         future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
         self.tell_end(future)
         return future
+
+    def end(self, ended: Ended) -> None:
+        """It is over: tell whoever waits."""
+        self.ended = ended
+        for waiter in self.waiters or ():
+            if not waiter.done():
+                waiter.set_result(ended)
+        if self.watchers is not None:
+            self.watchers.clear()
+
+    def take_audience(self, other: TurnRun) -> None:
+        """Who waited for *other*, the same turn, waits for this one."""
+        self.waiters, self.waiting = other.waiters, other.waiting
+        other.watchers = self.watchers = other.watchers if other.watchers is not None else []
+        other.waiters = None
 
     def tell_end(self, future: asyncio.Future[Ended | None]) -> None:
         """Have *future* resolved when the turn's end is on disk."""

@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -21,7 +21,7 @@ import msgspec
 from hotdesk_sdk import Message, Reply
 
 from ..backend import Backend, ConversationRecord, StoredReply, TurnEnd
-from ..errors import BackendUnavailable, TurnAborted, describe
+from ..errors import BackendUnavailable, StaleOwner, TurnAborted, describe
 from ..logs import Logger
 from ..metrics import Metrics
 from ..runtime.active import Active, Snapshot
@@ -45,7 +45,7 @@ CANCELLED = ("cancelled", "this was cancelled; what was said so far, if anything
 PRESS_S = 0.5
 """A cancelled turn has this long to unwind before it is cancelled again, and then once more to be left behind."""
 
-RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
+RETRY_S = (0.05, 0.2, 0.5, 1.0)
 """The waits between tries to put a turn's end on disk; the last is repeated."""
 
 
@@ -98,7 +98,7 @@ class Turns:
         self._metrics = metrics
         self._log = log
         self._max_reply_chars = max_reply_chars
-        self._streams = Streams(outbox, log, max_reply_chars)
+        self._streams = Streams(outbox, log, max_reply_chars, backend)
         self._log_turns = log_turns
         self._log_text = log_text
         self._lanes: dict[str, _Lane] = {}
@@ -121,9 +121,10 @@ class Turns:
         """A turn that has not ended."""
         return self._live.get((conversation, message_id))
 
-    def begin(self, message: Message, record: ConversationRecord, *, attempt: int = 1) -> TurnRun:
+    def begin(self, message: Message, record: ConversationRecord, *, attempt: int = 1, fence: Any = None) -> TurnRun:
         """Run *message*'s turn once those before it in its conversation have ended."""
         turn = TurnRun(message, record, self._recent, attempt, time.monotonic())
+        turn.fence = fence
         self._live[(message.conversation, message.id)] = turn
         self._idle.clear()
         lane = self._lanes.get(message.conversation)
@@ -133,6 +134,46 @@ class Turns:
         else:
             lane.waiting.append(turn)
         return turn
+
+    def drop(self, belongs: Callable[[str], bool]) -> list[TurnRun]:
+        """Give up the turns of the conversations that *belongs* is true of, without an end: another worker runs them.
+
+        Returns them, in order.
+        """
+        found = [conversation for conversation in self._lanes if belongs(conversation)]
+        return [turn for conversation in found for turn in self._drop_lane(self._lanes.pop(conversation))]
+
+    def drop_one(self, conversation: str, message_id: str) -> TurnRun | None:
+        """Give up one turn: another worker has ended it. None when there is no such turn."""
+        turn = self._live.get((conversation, message_id))
+        if turn is None:
+            return None
+        lane = self._lanes[conversation]
+        if turn is lane.running:
+            self._drop_turn(turn)
+            self._next(turn.message, lane, False)
+        else:
+            lane.waiting.remove(turn)
+            turn.dropped = True
+            self._next(turn.message, lane, True)
+        return turn
+
+    def _drop_lane(self, lane: _Lane) -> list[TurnRun]:
+        self._drop_turn(lane.running)
+        turns = [lane.running, *lane.waiting]
+        for turn in turns:
+            turn.dropped = True
+            self._live.pop((turn.message.conversation, turn.id), None)
+        if not self._live:
+            self._idle.set()
+        return turns
+
+    def _drop_turn(self, turn: TurnRun) -> None:
+        """Have what runs of it stop; what it comes to is nobody's."""
+        turn.dropped = turn.abandoned = turn.clock.cancelled = True
+        if turn.room is not None and not turn.room.done():
+            turn.room.set_result(None)
+        self._press(turn, 0)
 
     def cancel(self, conversation: str, message_id: str) -> bool:
         """Give a turn up, wherever it stands: what was said so far is its reply, marked cut. Twice is once.
@@ -287,28 +328,34 @@ class Turns:
         queued: bool = False,
     ) -> None:
         """Put the end on disk and tell it; then the next turn in line runs, unless this one was only *queued*."""
+        if turn.dropped:
+            return
         turn.ending = True
         message = turn.message
         lane = self._lanes[message.conversation]
-        end = self._turn_end(turn, text, metadata)
-        if isinstance(end, tuple):
-            end, error = end
+        end, error = self._turn_end(turn, text, metadata, error)
         waits = iter(RETRY_S)
         while True:
             try:
                 stored = await self._backend.finish(end)
                 break
+            except StaleOwner:
+                turn.dropped = True  # who owns it answers it; the backend said so of all that went with it
+                return
             except BackendUnavailable as exc:
                 self._log.error(
                     "turn_end_not_kept", conversation=message.conversation, message=turn.id, problem=str(exc)
                 )
-                if self._stopping:
+                if self._stopping or turn.dropped:
                     return
                 await asyncio.sleep(next(waits, RETRY_S[-1]))
             except Exception as exc:  # a fault of ours: the turn ends without what could not be kept
                 self._log.error("turn_end_failed", conversation=message.conversation, message=turn.id, exc_info=exc)
-                end, error = TurnEnd(message.conversation, message.seq), ("internal_error", "the reply can't be kept")
+                error = ("internal_error", "the reply can't be kept")
+                end = TurnEnd(message.conversation, message.seq, to=turn.id, error=error, fence=turn.fence)
                 await asyncio.sleep(next(waits, RETRY_S[-1]))
+        if turn.dropped:
+            return
         if end.changed is not None:
             lane.record = (
                 end.changed
@@ -319,8 +366,8 @@ class Turns:
         self._next(message, lane, queued)
 
     def _turn_end(
-        self, turn: TurnRun, text: str | None, metadata: dict[str, Any]
-    ) -> TurnEnd | tuple[TurnEnd, tuple[str, str]]:
+        self, turn: TurnRun, text: str | None, metadata: dict[str, Any], error: tuple[str, str] | None
+    ) -> tuple[TurnEnd, tuple[str, str] | None]:
         message, by = turn.message, turn.answered_by
         replies: tuple[StoredReply, ...] = ()
         if text is not None and by is not None:
@@ -344,11 +391,11 @@ class Turns:
         except Exception as exc:  # what a plugin left may raise anything when it is looked at
             self._log.error("turn_not_json", conversation=message.conversation, message=turn.id, problem=describe(exc))
             refused = ("turn_refused", "a plugin left something that is not JSON; the log says what")
-            return TurnEnd(message.conversation, message.seq), refused
-        if changed is None:
-            return TurnEnd(message.conversation, message.seq, replies, deliver=deliver)
-        assert view is not None
-        return TurnEnd(message.conversation, message.seq, replies, changed, view.closed, deliver)
+            return TurnEnd(message.conversation, message.seq, to=turn.id, error=refused, fence=turn.fence), refused
+        closed = view is not None and changed is not None and view.closed
+        return TurnEnd(
+            message.conversation, message.seq, replies, changed, closed, deliver, turn.id, error, turn.fence
+        ), error
 
     def _told(
         self, turn: TurnRun, stored: tuple[StoredReply, ...], end: TurnEnd, error: tuple[str, str] | None
@@ -377,12 +424,7 @@ class Turns:
             by.generation.first_answer()
         if self._log_turns:
             self._log_turn(turn, "replied" if stored and error is None else outcome)
-        turn.ended = Ended(stored, error)
-        for waiter in turn.waiters or ():
-            if not waiter.done():
-                waiter.set_result(turn.ended)
-        if turn.watchers is not None:
-            turn.watchers.clear()
+        turn.end(Ended(stored, error))
 
     def _log_turn(self, turn: TurnRun, outcome: str) -> None:
         by = turn.answered_by

@@ -2,14 +2,21 @@
 
 `plugins/NAME/versions.json` lists them, `plugins/NAME/HASH/` has the files of each. It is read at the start and
 written after each swap, off the loop; a file that can't be read is as if it were not there, and is logged.
+
+Several workers write there. Each writes what it has itself, one at a time, and whoever is last is right: they serve the
+same. What is read is whole, for everything is written elsewhere and renamed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
+import secrets
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,6 +28,14 @@ from .entries import Kept
 from .sources import Source, bundle_of, source_of
 
 __all__ = ["Archive", "Archived"]
+
+
+TURN_S = 1.0
+"""How long a worker waits for another that writes. One that is stopped in the middle of it must not hold up the rest,
+and then nothing worse can happen than that a version is missing for a rollback."""
+
+STALE_S = 3600.0
+"""What was begun this long ago, and not finished, is nobody's any more."""
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -45,6 +60,8 @@ class Archived(msgspec.Struct, frozen=True):
 
 _decode = msgspec.json.Decoder(_Versions).decode
 
+LOCK = ".lock"
+
 
 class Archive:
     """Owns `plugins/` in the data folder."""
@@ -57,6 +74,12 @@ class Archive:
     def read(self, source: Source) -> Archived:
         """What was kept of a plugin; *source* is where it lives now."""
         folder = self._folder / source.name
+        if not folder.is_dir():
+            return Archived()
+        with _turn(folder):
+            return self._read(folder, source)
+
+    def _read(self, folder: Path, source: Source) -> Archived:
         try:
             versions = _decode((folder / "versions.json").read_bytes())
         except FileNotFoundError:
@@ -85,24 +108,70 @@ class Archive:
     def _write(self, name: str, kept: tuple[Kept, ...], refused: str | None, last_number: int) -> None:
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        for one in kept:
-            target = folder / one.bundle.digest
-            if not target.exists():
-                fresh = folder / f".{one.bundle.digest}"
-                shutil.rmtree(fresh, ignore_errors=True)
-                for file, data in one.bundle.files.items():
-                    path = fresh / file
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(data)
-                fresh.rename(target)
-        rows = tuple(_Version(one.generation, one.bundle.digest, one.at) for one in kept)
-        fresh = folder / ".versions.json"
-        fresh.write_bytes(msgspec.json.encode(_Versions(last_number, refused, rows)))
-        fresh.replace(folder / "versions.json")
-        wanted = {one.bundle.digest for one in kept}
-        for child in folder.iterdir():
-            if child.is_dir() and child.name not in wanted:
+        with _turn(folder):
+            for one in kept:
+                _keep(folder, one)
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                last_number = max(last_number, _decode((folder / "versions.json").read_bytes()).last_number)
+            rows = tuple(_Version(one.generation, one.bundle.digest, one.at) for one in kept)
+            fresh = folder / f".{secrets.token_hex(8)}"
+            fresh.write_bytes(msgspec.json.encode(_Versions(last_number, refused, rows)))
+            fresh.replace(folder / "versions.json")
+            _sweep(folder, {one.bundle.digest for one in kept})
+
+
+def _keep(folder: Path, one: Kept) -> None:
+    """Have a version's files in *folder*."""
+    target = folder / one.bundle.digest
+    if target.exists():
+        return
+    fresh = folder / f".{secrets.token_hex(8)}"
+    for file, data in one.bundle.files.items():
+        path = fresh / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    try:
+        fresh.rename(target)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not target.exists():  # else another worker was quicker, with the same bytes
+            raise
+
+
+def _sweep(folder: Path, wanted: set[str]) -> None:
+    """Delete the versions that are not *wanted*, and what was begun and left."""
+    now = time.time()
+    for child in folder.iterdir():
+        if child.name in wanted or child.name in ("versions.json", LOCK):
+            continue
+        with contextlib.suppress(OSError):
+            if child.name.startswith(".") and now - child.stat().st_mtime < STALE_S:
+                continue
+            if child.is_dir():
                 shutil.rmtree(child, ignore_errors=True)
+            else:
+                child.unlink()
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait until no other worker reads or writes in *folder*, for at most `TURN_S`."""
+    try:
+        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        until = time.monotonic() + TURN_S
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -18,6 +18,8 @@ _LEVELS = {
     "loop_stalled": "warning",
     "breaker_opened": "warning",
     "capability_denied": "warning",
+    "worker_died": "error",
+    "restart_failed": "error",
 }
 
 

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -50,7 +50,11 @@ class PluginDisabled(HotdeskError):
 
 
 class Plugins:
-    """All plugins of one host."""
+    """All plugins of one process.
+
+    Where it is one of several workers, *number* agrees with the others on the number of each generation, and *joining*
+    says why it begins after them: it took the place of one that `died`, or of one that it replaces (`rolled`).
+    """
 
     def __init__(
         self,
@@ -64,8 +68,12 @@ class Plugins:
         log: Logger,
         archive: Archive,
         remember: Callable[[dict[str, bool]], Awaitable[None]],
+        number: Callable[[str, str, int, int], Awaitable[int]] | None = None,
+        joining: Literal["", "died", "rolled"] = "",
     ) -> None:
         self._config = config
+        self._agree = number
+        self._joining = joining
         self._active = active
         self._maker = maker
         self._log = log
@@ -94,6 +102,7 @@ class Plugins:
             ledger=self._ledger,
             retirement=self._retirement,
             settings=self._settings_of,
+            number=self._number,
             served=self._on_served,
         )
         self._rollback = Rollback(
@@ -244,8 +253,40 @@ class Plugins:
             with contextlib.suppress(HotdeskError):
                 if self._config.watch == "pending" and self._started and not told:
                     await self._attempt(entry, self._hold_back(entry))
+                elif self._joining and not self._started:
+                    await self._join(entry, since)
                 else:
                     await self._attempt(entry, self._apply(entry, since, patient=self._started))
+
+    async def _join(self, entry: Entry, since: float) -> None:
+        """Bring one plugin to what it is in the other workers, as far as its file and what was kept of it tell.
+
+        A change that waits for a command goes on waiting, and of what can't be loaded the version before serves: a
+        worker that died must not make any difference.
+        """
+        try:
+            if self._joining == "died" and self._config.watch != "auto" and not entry.disabled:
+                await self._attempt(entry, self._apply_kept(entry, since))
+            else:
+                await self._attempt(entry, self._apply(entry, since, patient=False))
+        except HotdeskError:
+            problem = entry.problem
+            if entry.source is not None and not entry.recalled:
+                await self._recall(entry, entry.source)
+            if entry.current is not None or not entry.kept:
+                raise
+            await self._attempt(entry, self._load_kept(entry, entry.kept[-1]))
+            entry.problem = problem
+
+    async def _apply_kept(self, entry: Entry, since: float) -> None:
+        bundle, _ = await self._settle(entry, patient=False)
+        if bundle is not None and not entry.recalled:
+            await self._recall(entry, bundle.source)
+        if bundle is None or not entry.kept or entry.kept[-1].bundle.same_as(bundle):
+            await self._apply(entry, since, patient=False)
+            return
+        await self._load_kept(entry, entry.kept[-1])
+        entry.pending = self._config.watch == "pending"
 
     async def _attempt(self, entry: Entry, step: Awaitable[None]) -> None:
         """Await *step*; put down any failure of it, and raise it as a `HotdeskError`."""
@@ -343,6 +384,12 @@ class Plugins:
         self._spawn(self._archive.write(entry.name, tuple(entry.kept), entry.refused, entry.last_number))
 
     # -- loading ---------------------------------------------------------------------------------------------
+
+    async def _number(self, entry: Entry, bundle: Bundle) -> int:
+        """The number of the generation that *bundle* becomes next."""
+        if self._agree is None:
+            return entry.last_number + 1
+        return await self._agree(entry.name, bundle.digest, self._numbers.get(entry.name, 0), entry.last_number)
 
     def _on_served(self, entry: Entry) -> None:
         self._numbers[entry.name] = entry.last_number
@@ -459,6 +506,17 @@ class Plugins:
         if entry.current is not None:
             self._unload(entry)
         self._events.tell("plugin_disabled", plugin=entry.name)
+
+    async def take_overrides(self, overrides: dict[str, bool]) -> None:
+        """Enable and disable what a command did in another worker while this one was starting."""
+        for name, enabled in overrides.items():
+            if self._overrides.get(name) == enabled:
+                continue
+            self._overrides[name] = enabled
+            if name in self._entries:
+                with contextlib.suppress(HotdeskError):  # it was put down where it happened
+                    async with self._held(name) as entry:
+                        await self._set_enabled(entry, enabled)
 
     def _is_enabled(self, name: str) -> bool:
         return self._overrides.get(name, self._settings_of(name).enabled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from ..config import Config, PluginSettings
@@ -24,7 +24,8 @@ MAX_TRIES = 5
 
 
 class Swapper:
-    """Decides everything before it touches anything. *served* hears of each entry that has a new generation."""
+    """Decides everything before it touches anything. *served* hears of each entry that has a new generation; *number*
+    gives the number of one that is to be made."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Swapper:
         ledger: Ledger,
         retirement: Retirement,
         settings: Callable[[str], PluginSettings],
+        number: Callable[[Entry, Bundle], Awaitable[int]],
         served: Callable[[Entry], None],
     ) -> None:
         self._config = config
@@ -45,6 +47,7 @@ class Swapper:
         self._ledger = ledger
         self._retirement = retirement
         self._settings = settings
+        self._number = number
         self._served = served
         self._closing = False
 
@@ -113,7 +116,7 @@ class Swapper:
                 needs = {name: modules.get(name) or self._module_of(name) for name in bundle.manifest.requires}
                 made = await self._maker.make(
                     bundle,
-                    entry.last_number + 1,
+                    await self._number(entry, bundle),
                     old=entry.current,
                     settings=self._settings(entry.name),
                     modules=needs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from aiohttp import web
 from ..config import Config
 from ..errors import BackendError, ConfigError, DoorError
 
-__all__ = ["Access", "Visitor"]
+__all__ = ["Access", "Keys", "Visitor", "keep_admin_token", "prepare_keys"]
 
 MAX_BUCKETS = 50_000
 """Senders whose rate is remembered; beyond it the ones with their full allowance are forgotten, then the oldest."""
@@ -28,18 +29,54 @@ class Visitor(msgspec.Struct, frozen=True):
     expires: float
 
 
-class Access:
-    """The checks of all doors."""
+class Keys(msgspec.Struct, frozen=True):
+    """What every process of a desk checks tokens with. Made once; workers are given those of their supervisor."""
 
-    def __init__(self, config: Config) -> None:
+    admin_digest: str
+    visitor_secret: str
+    new_admin_token: str | None = None
+    """A token that nobody has been shown yet."""
+
+    def __repr__(self) -> str:
+        return "<keys>"  # they may be logged
+
+
+def prepare_keys(config: Config, before: Keys | None = None) -> Keys:
+    """The keys of the settings, else those in the data folder, else new ones. Raises `ConfigError`, `BackendError`.
+
+    With *before*, of a desk that runs, what is neither set nor kept stays as it was. One process at a time.
+    """
+    data = Path(config.data)
+    secret = config.visitor_secret or (_kept_secret(data) if config.visitor_tokens else "")
+    if config.admin_token:
+        if len(config.admin_token) < 8:
+            raise ConfigError("admin_token", "…", "start", "it must have at least 8 characters")
+        return Keys(_digest(config.admin_token), secret)
+    kept = data / "admin_token.sha256"
+    if kept.exists():
+        return Keys(kept.read_text().strip(), secret)
+    if before is not None:
+        return Keys(before.admin_digest, secret)
+    token = "hd_" + secrets.token_urlsafe(24)
+    return Keys(_digest(token), secret, token)
+
+
+def keep_admin_token(config: Config, keys: Keys) -> None:
+    """Keep a new token's hash, once the host serves and will show the token."""
+    if keys.new_admin_token is not None:
+        _keep(Path(config.data) / "admin_token.sha256", keys.admin_digest)
+
+
+class Access:
+    """The checks of all doors, with *keys*, or with those of a host that is one process."""
+
+    def __init__(self, config: Config, keys: Keys | None = None) -> None:
         self._config = config
-        self._data = Path(config.data)
+        self.keys = keys or prepare_keys(config)
         self._origins = frozenset(origin.rstrip("/").lower() for origin in config.allowed_origins)
-        self._secret = config.visitor_secret or (self._kept_secret() if config.visitor_tokens else "")
+        self._secret = self.keys.visitor_secret
         self._verified: dict[tuple[str, str], Visitor] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
-        self.new_admin_token: str | None = None
-        self._admin_digest = self._admin()
 
     # -- visitors --------------------------------------------------------------------------------------------
 
@@ -144,41 +181,30 @@ class Access:
         """Raises `DoorError` unless the request has the admin token."""
         header = request.headers.get("Authorization", "")
         given = header[7:].strip() if header[:7].lower() == "bearer " else ""
-        if not given or not hmac.compare_digest(_digest(given), self._admin_digest):
+        if not given or not hmac.compare_digest(_digest(given), self.keys.admin_digest):
             raise DoorError(
                 "unauthorized",
                 "the admin token is missing or wrong",
                 "the first start showed it; for a new one delete admin_token.sha256 in the data folder and start again",
             )
 
-    def _admin(self) -> str:
-        if self._config.admin_token:
-            if len(self._config.admin_token) < 8:
-                raise ConfigError("admin_token", "…", "start", "it must have at least 8 characters")
-            return _digest(self._config.admin_token)
-        kept = self._data / "admin_token.sha256"
-        if kept.exists():
-            return kept.read_text().strip()
-        self.new_admin_token = "hd_" + secrets.token_urlsafe(24)
-        return _digest(self.new_admin_token)
 
-    def keep_admin_token(self) -> None:
-        """Keep a new token's hash, once the host serves and will show the token."""
-        if self.new_admin_token is not None:
-            _keep(self._data / "admin_token.sha256", self._admin_digest)
-
-    def _kept_secret(self) -> str:
-        kept = self._data / "visitor_secret"
-        if not kept.exists():
-            _keep(kept, secrets.token_urlsafe(48))
-        return kept.read_text().strip()
+def _kept_secret(data: Path) -> str:
+    kept = data / "visitor_secret"
+    if not kept.exists():
+        _keep(kept, secrets.token_urlsafe(48))
+    return kept.read_text().strip()
 
 
 def _keep(path: Path, text: str) -> None:
+    """Write a file that only this host's user may read; whoever finds it finds all of it."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.touch(mode=0o600)
-        path.write_text(text + "\n")
+        with os.fdopen(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(text + "\n")
+        fresh.replace(path)
     except OSError as exc:
+        fresh.unlink(missing_ok=True)
         raise BackendError(f"{path} can't be written: {exc.strerror}; choose another folder with --data") from exc
 
 

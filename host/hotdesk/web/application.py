@@ -12,6 +12,7 @@ from ..errors import DoorError
 from .access import Access
 from .admin import Admin
 from .conversations import Conversations
+from .departure import Departure
 from .images import ImageDoor
 from .plugin_pages import PluginPages
 from .probes import Probes
@@ -45,7 +46,7 @@ class Doors:
     probes: Probes
 
 
-def make_application(config: Config, doors: Doors) -> web.Application:
+def make_application(config: Config, doors: Doors, departure: Departure | None = None) -> web.Application:
     """The routes of design section 2. The router freezes at start, so what plugins add has one catch-all each."""
     app = web.Application(client_max_size=config.max_body_bytes)
     door, refuse = doors.wire.door, doors.wire.not_allowed
@@ -61,6 +62,8 @@ def make_application(config: Config, doors: Doors) -> web.Application:
         "/admin/plugins/{name}/{action}": {"POST": doors.admin.act},
         "/admin/events": {"GET": doors.admin.events},
         "/admin/tokens": {"POST": doors.admin.token},
+        "/admin/workers": {"GET": doors.admin.workers},
+        "/admin/restart": {"POST": doors.admin.restart},
         "/healthz": {"GET": doors.probes.healthz},
         "/readyz": {"GET": doors.probes.readyz},
         "/metrics": {"GET": doors.probes.metrics},
@@ -78,6 +81,9 @@ def make_application(config: Config, doors: Doors) -> web.Application:
 
     if config.allowed_origins:  # a page of another origin asks first, and reads only what it is allowed to
         app.on_response_prepare.append(doors.access.allow_origin)
+
+    if departure is not None:
+        app.on_response_prepare.append(departure.tell)
 
     async def nowhere(request: web.Request) -> web.StreamResponse:
         raise DoorError("not_found", f"there is nothing at {request.path[:200]}", "the doors are in host/README.md")

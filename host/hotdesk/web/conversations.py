@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from ..backend import Backend
+from ..chat.elsewhere import Elsewhere
 from ..chat.intake import Accepted, Intake, NewMessage
 from ..chat.outbox import Event, Outbox, Reader
 from ..chat.turn import Ended
@@ -37,6 +38,7 @@ class Conversations:
         *,
         intake: Intake,
         turns: Turns,
+        elsewhere: Elsewhere,
         outbox: Outbox,
         backend: Backend,
         access: Access,
@@ -45,6 +47,7 @@ class Conversations:
         self._config = config
         self._intake = intake
         self._turns = turns
+        self._elsewhere = elsewhere
         self._hang_ups = HangUps() if config.on_leave == "cancel" else None
         self._outbox = outbox
         self._backend = backend
@@ -101,7 +104,7 @@ class Conversations:
     async def cancel(self, request: web.Request) -> web.StreamResponse:
         conversation, _ = self._enter(request)
         message = request.match_info["id"]
-        if not self._turns.cancel(conversation, message):
+        if not await self._elsewhere.cancel(conversation, message):
             raise DoorError("not_found", "no turn of that message is under way", "what it came to is in the record")
         return json_response({"id": message, "status": "cancelling"}, 202)
 
@@ -158,7 +161,7 @@ class Conversations:
             if known and (turn := known[0].turn) is not None:
                 turn.waiting -= 1
                 if gone:
-                    self._turns.leave(new.conversation, turn.id)
+                    self._elsewhere.leave(new.conversation, turn.id)
         accepted = known[0]
         if accepted.turn is None:
             outcome = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
@@ -198,7 +201,7 @@ class Conversations:
                 turn.watchers.remove(sink.send)
                 self._turns.make_room(new.conversation)
                 if self._hang_ups is not None:
-                    self._turns.leave(new.conversation, turn.id)
+                    self._elsewhere.leave(new.conversation, turn.id)
 
     def _sink(self, conversation: str, *, at_stop: Event | None = None) -> _SseSink:
         return _SseSink(self._config, lambda: self._turns.make_room(conversation), at_stop)
@@ -245,7 +248,7 @@ class Conversations:
         finally:
             leave()
             if self._hang_ups is not None:
-                self._turns.leave(conversation)
+                self._elsewhere.leave(conversation)
 
 
 STOPPING = Event.error(None, "stopping", "the host is stopping; the message is kept, and answered after its next start")

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 
 from ..backend import Backend
 from ..errors import BackendUnavailable
+from .scrape import merge_scrapes, render_scrape
+from .siblings import Siblings
 from .wire import json_response
 
 __all__ = ["Probes"]
 
 
 class Probes:
-    """`facts` is what `/readyz` tells beside whether it is ready."""
+    """`facts` is what `/readyz` tells beside whether it is ready. `/metrics` answers for all *siblings*."""
 
     def __init__(
         self,
@@ -26,11 +28,13 @@ class Probes:
         registry: CollectorRegistry,
         ready: Callable[[], bool],
         facts: Callable[[], dict[str, Any]],
+        siblings: Siblings,
     ) -> None:
         self._backend = backend
         self._registry = registry
         self._ready = ready
         self._facts = facts
+        self._siblings = siblings
 
     async def healthz(self, request: web.Request) -> web.StreamResponse:
         return json_response({"status": "alive"})
@@ -54,4 +58,11 @@ class Probes:
         return json_response(body, 200 if problem is None else 503)
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        worker = self._siblings.worker
+        if worker is None:
+            body = render_scrape(self._registry, None)
+        else:
+            told = await self._siblings.ask("GET", "/metrics")
+            scrapes = {one.row.worker: one.body if one.status == 200 else None for one in told}
+            body = merge_scrapes({**scrapes, worker: render_scrape(self._registry, worker)})
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})

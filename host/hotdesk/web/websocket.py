@@ -12,6 +12,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from msgspec import Meta
 
 from ..backend import Backend
+from ..chat.elsewhere import Elsewhere
 from ..chat.intake import Accepted, Intake, NewMessage
 from ..chat.outbox import Event, Outbox, Reader
 from ..chat.turns import Turns
@@ -71,6 +72,10 @@ def _text_frame(data: bytes) -> bytes:
     return b"\x81\x7f" + size.to_bytes(8) + data
 
 
+def _nothing_to_cancel() -> DoorError:
+    return DoorError("not_found", "no turn of that message is under way")
+
+
 def _wire(event: Event) -> bytes:
     """*event* as a frame, made once for all who get it."""
     if event.wire is None:
@@ -90,6 +95,7 @@ class WebSockets:
         *,
         intake: Intake,
         turns: Turns,
+        elsewhere: Elsewhere,
         outbox: Outbox,
         backend: Backend,
         access: Access,
@@ -99,6 +105,7 @@ class WebSockets:
         self._config = config
         self._intake = intake
         self._turns = turns
+        self._elsewhere = elsewhere
         self._outbox = outbox
         self._backend = backend
         self._access = access
@@ -139,7 +146,7 @@ class WebSockets:
             self._slow.discard(session)
             ws.session = None
             if self._config.on_leave == "cancel":
-                self._turns.leave(conversation)
+                self._elsewhere.leave(conversation)
         return ws
 
     async def aclose(self) -> None:
@@ -395,11 +402,21 @@ class _Session:
                 self._door._access.check_expiry(self._visitor)
             if self._door._turns.cancel(self._conversation, message):
                 return
-            if self._unaccepted is None or message not in self._unaccepted:
-                raise DoorError("not_found", "no turn of that message is under way")
-            self._unaccepted[message] = True
+            if self._unaccepted is not None and message in self._unaccepted:
+                self._unaccepted[message] = True
+            elif self._door._backend.owns(self._conversation):
+                raise _nothing_to_cancel()
+            else:
+                host_task(self._cancel_elsewhere(message))
         except DoorError as exc:
             self.refuse(exc, message)
+
+    async def _cancel_elsewhere(self, message: str) -> None:
+        try:
+            if not await self._door._elsewhere.cancel(self._conversation, message):
+                raise _nothing_to_cancel()
+        except (DoorError, BackendUnavailable) as exc:
+            self.refuse(self._door._wire.as_door_error(exc, "websocket"), message)
 
     def _accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
         cancelled = given is not None and self._unaccepted is not None and self._unaccepted.pop(given, False)
@@ -409,7 +426,7 @@ class _Session:
         if cancelled:
             self._cancel(outcome.id)
         if self._door._config.on_leave == "cancel" and self not in self._door._sessions:
-            self._door._turns.leave(self._conversation, outcome.id)  # it left before its message was on disk
+            self._door._elsewhere.leave(self._conversation, outcome.id)  # it left before its message was on disk
 
     def _tell_accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
         if isinstance(outcome, BaseException):
