@@ -84,6 +84,7 @@ class Host:
     backend: Backend
     intake: Intake
     turns: Turns
+    elsewhere: Elsewhere
     plugins: Plugins
     events: Events
     metrics: Metrics
@@ -355,6 +356,7 @@ async def open_host(
             backend,
             intake,
             turns,
+            elsewhere,
             plugins,
             events,
             metrics,
