@@ -177,6 +177,7 @@ async def open_host(
             metrics=metrics,
             log=log,
             max_reply_chars=config.max_reply_chars,
+            max_tries=config.max_tries,
             log_turns=config.log_level == "debug",
             log_text=config.log_text,
         )
@@ -318,7 +319,7 @@ async def open_host(
         url = ""
         if sock is not None:
             departure = seat.departure if seat is not None else None
-            runners.append(await _serve(config, sock, doors, intake, leave, stack, departure))
+            runners.append(await _serve(config, sock, doors, intake, turns, leave, stack, departure))
             url = _url(config, sock)
         if not serve:
             stack.callback(intake.stop)
@@ -385,6 +386,7 @@ async def _serve(
     sock: socket.socket,
     doors: Doors,
     intake: Intake,
+    turns: Turns,
     leave: Callable[[], Awaitable[None]],
     stack: contextlib.AsyncExitStack,
     departure: Departure | None,
@@ -403,7 +405,9 @@ async def _serve(
 
     async def stop() -> None:
         if departure is not None:
-            await departure.leave(runner)
+            await departure.leave(runner, config.stop_timeout_s)
+            if not departure.hurried:
+                await doors.websockets.send_off(turns.runs_in)
         intake.stop()
         await leave()
         doors.conversations.stop()

@@ -122,6 +122,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     visitor_secret: str = ""
     visitor_token_s: Positive = 3600
     max_turns: Positive = 2048
+    max_tries: Annotated[int, Meta(ge=3)] = 5
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_text_bytes: Positive = 128 * 1024
     max_image_bytes: Positive = 5 * 1024 * 1024

@@ -163,6 +163,7 @@ DOOR_ERRORS: dict[str, tuple[int, str]] = {
     "internal_error": (500, "a fault in hotdesk itself; the log says where"),
     "turn_refused": (503, "a plugin with on_failure=refuse failed, so the turn has no reply"),
     "stream_cut": (503, "the reply broke off; what was said so far is the reply"),
+    "dead_letter": (503, "the message ended its worker again and again; it is kept for the operator"),
     "llm_unavailable": (503, "no language model could be reached"),
     "llm_refused": (503, "the language model did not take the message"),
     "llm_timeout": (503, "the language model took too long"),

@@ -14,7 +14,7 @@ Logger = Any
 
 
 def configure_logs(format: str, level: str, **fields: object) -> None:
-    """Set structlog up for the process. `auto` is console on a terminal and JSON elsewhere. *fields* are in each line."""
+    """Set structlog up for the process. `auto` is console on a terminal and JSON elsewhere. Each line has *fields*."""
 
     def add_fields(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
         return {**fields, **event}

@@ -145,6 +145,9 @@ class Metrics:
         )
         self.commit_rows = Counter("hotdesk_backend_writes_total", "Writes that were committed", registry=registry)
         self.backend_errors = Counter("hotdesk_backend_errors_total", "Commits that failed", registry=registry)
+        self.dead_letters = Counter(
+            "hotdesk_dead_letters_total", "Messages that were given up after max_tries", registry=registry
+        )
         self.refused_writes = Counter(
             "hotdesk_backend_refused_writes_total",
             "Writes of a worker that owned the conversation no longer",

@@ -69,7 +69,7 @@ async def test_a_stream_of_its_own_turn_comes_from_another_host(hosts: Hosts) ->
 
 
 async def test_readers_of_every_host_hear_everything_once(hosts: Hosts) -> None:
-    """Messages and replies of one conversation, sent over both hosts, reach a reader of each: every seq once, in order."""
+    """What is said over either host reaches a reader of each: every seq once, in order."""
     conversation = hosts.owned_by(hosts.a)
     heard: dict[str, list[int]] = {"a": [], "b": []}
 

@@ -46,7 +46,7 @@ class Server:
         self.port = port
         self.folder = folder
         self.log = folder / "server.log"
-        self._command = command
+        self.command = command
         self._env = {**os.environ, **(env or {})}
         self._process: asyncio.subprocess.Process | None = None
 
@@ -60,7 +60,7 @@ class Server:
         began = perf_counter()
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=self._env
+                *self.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=self._env
             )
         client = HttpClient(self.port)
         try:
@@ -71,7 +71,7 @@ class Server:
                 except ConnectionLost:
                     pass
                 if self._process.returncode is not None or perf_counter() - began > ready_s:
-                    raise RuntimeError(f"{' '.join(self._command)}: not ready; its log ends:\n{self.log_tail()}")
+                    raise RuntimeError(f"{' '.join(self.command)}: not ready; its log ends:\n{self.log_tail()}")
                 await asyncio.sleep(0.01)
         finally:
             client.close()
@@ -100,6 +100,15 @@ class Server:
         except TimeoutError:
             await self.kill()
             raise RuntimeError(f"the server did not stop within {STOP_S:.0f} s of SIGTERM") from None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def wait_ended(self, timeout_s: float) -> None:
+        """Wait until the process has ended by itself."""
+        assert self._process is not None
+        await asyncio.wait_for(self._process.wait(), timeout_s)
 
     def log_tail(self, lines: int = 15) -> str:
         """The end of what the server printed."""

@@ -18,9 +18,11 @@ from ..errors import BackendError
 from ..metrics import Metrics
 
 __all__ = [
+    "SUSPECT_TRIES",
     "Appended",
     "Backend",
     "ConversationRecord",
+    "DeadLetter",
     "Entry",
     "Listener",
     "Outcome",
@@ -28,6 +30,11 @@ __all__ = [
     "TurnEnd",
     "open_backend",
 ]
+
+
+SUSPECT_TRIES = 2
+"""A message whose turn was under way at so many ends of a worker is suspected: from then on one such turn runs at a
+time, and each of its tries is counted as it begins, so that no other is blamed for it."""
 
 
 class StoredReply(msgspec.Struct, frozen=True, tag_field="type", tag="reply"):
@@ -91,6 +98,8 @@ class TurnEnd(msgspec.Struct, frozen=True):
     to: str = ""
     error: tuple[str, str] | None = None
     fence: Any = None
+    tries: int = 0
+    """Not 0: it is given up after so many tries, and kept as a dead letter."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -98,6 +107,16 @@ class Outcome(msgspec.Struct, frozen=True):
 
     ended: bool
     replies: tuple[StoredReply, ...]
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A message whose turn ended its worker again and again. `at` is when it was given up (Unix seconds)."""
+
+    conversation: str
+    seq: int
+    id: str
+    tries: int
+    at: float
 
 
 class Listener(Protocol):
@@ -176,6 +195,15 @@ class Backend(Protocol):
 
         Raises `StaleOwner` when the turn is another worker's by now: nothing was kept either.
         """
+
+    def count_try(self, conversation: str, seq: int, fence: Any) -> asyncio.Future[None]:
+        """A turn that may be the end of this worker begins: if it is, its next owner knows of which."""
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        """Messages that were given up, oldest first."""
+
+    async def requeue(self, conversation: str, seq: int) -> bool:
+        """Have a dead letter answered once more, from its first try; False when there is no such."""
 
     def post(self, reply: StoredReply, *, deliver: bool) -> asyncio.Future[StoredReply | None]:
         """Keep a reply outside a turn; None when there is no such conversation."""

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import random
-import socket
 import time
 from typing import Any
 
@@ -33,8 +31,8 @@ from hotdesk_sdk import Message
 from ..errors import BackendError, BackendUnavailable, StaleOwner
 from ..logs import get_log
 from ..metrics import Metrics
-from . import Appended, ConversationRecord, Entry, Listener, Outcome, StoredReply, TurnEnd
-from .redis_members import Members
+from . import Appended, ConversationRecord, DeadLetter, Entry, Listener, Outcome, StoredReply, TurnEnd
+from .redis_members import About, Members
 from .redis_partitions import FIELDS, Calls, Fence, Partition, Partitions, decode_entry, read_record, swallow
 from .redis_servers import OneServer, Servers
 from .redis_url import RedisUrl, read_redis_url
@@ -80,6 +78,7 @@ class _Signal(msgspec.Struct, frozen=True, array_like=True):
     token: str
 
 
+_dead_letter = msgspec.json.Decoder(DeadLetter).decode
 _head = msgspec.json.Decoder(_Head).decode
 _chunks = msgspec.json.Decoder(_Chunks).decode
 _signal = msgspec.json.Decoder(_Signal).decode
@@ -101,13 +100,7 @@ class RedisBackend:
         self._servers: Servers = _open_servers(url, scripts, self)
         self._calls = Calls(self._servers, scripts)
         self.partitions = Partitions(url.prefix, url.partitions, self._calls, self.me, self.url)
-        self.members = Members(
-            url.prefix,
-            self._calls,
-            self.partitions,
-            self.me,
-            f"{name or 'worker'} {socket.gethostname()} {os.getpid()}",
-        )
+        self.members = Members(url.prefix, self._calls, self.partitions, self.me, About.me(name or "host"))
         self._inboxes = {partition.inbox(self.me): partition for partition in self.partitions.all}
         self._channels: dict[str, tuple[Partition, str]] = {}
         self._followed: dict[str, int] = {}
@@ -298,6 +291,7 @@ class RedisBackend:
                 partition.journal_key(end.conversation),
                 partition.keys["dlv"],
                 partition.keys["tries"],
+                partition.keys["dead"],
             ),
             partition.base,
             self.me,
@@ -310,6 +304,7 @@ class RedisBackend:
             int(end.deliver),
             int(fence.tries > 0),
             int(end.closed),
+            _encode(DeadLetter(end.conversation, end.seq, end.to, end.tries, time.time())) if end.tries else b"",
             len(fields) // 2,
             len(gone),
             *fields,
@@ -443,6 +438,48 @@ class RedisBackend:
 
         sending.add_done_callback(told)
         return future
+
+    # -- dead letters ----------------------------------------------------------------------------------------
+
+    def count_try(self, conversation: str, seq: int, fence: Any) -> asyncio.Future[None]:
+        turn: Fence = fence
+        turn.tries += 1
+        return self._calls.command(
+            turn.partition.slot, "HINCRBY", turn.partition.keys["tries"], str(turn.n), 1, aside=False
+        )
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        pages = [
+            self._calls.command(partition.slot, "HVALS", partition.keys["dead"]) for partition in self.partitions.all
+        ]
+        found = [_dead_letter(row) for page in await asyncio.gather(*pages) for row in page]
+        return sorted(found, key=lambda letter: (letter.at, letter.conversation, letter.seq))
+
+    async def requeue(self, conversation: str, seq: int) -> bool:
+        partition = self.partitions.of(conversation)
+        tag = f"{self._drawn.getrandbits(40):x}"
+        done, *more = await self._calls.script(
+            "requeue",
+            partition.slot,
+            (
+                partition.own,
+                partition.keys["in"],
+                partition.conversation_key(conversation),
+                partition.journal_key(conversation),
+                partition.keys["dead"],
+            ),
+            partition.base,
+            self.me,
+            conversation,
+            seq,
+            tag,
+        )
+        if not done:
+            return False
+        n, owner, body = more
+        if owner.decode() == self.me:
+            self._take_message(partition, f"m {n} {seq} 0 {tag} 0 -\n".encode() + body)
+        return True
 
     # -- reading ---------------------------------------------------------------------------------------------
 

@@ -9,17 +9,21 @@ over at a quiet moment.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
+import msgspec
 from redis.crc import key_slot
 
 from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
 from .redis_partitions import Calls, Partition, Partitions
 
-__all__ = ["LEASE_MS", "Members"]
+__all__ = ["LEASE_MS", "About", "Members"]
 
 LEASE_MS = 1200
 """How long a worker that says nothing counts as alive."""
@@ -39,17 +43,55 @@ SWEEP = 2
 """How many owned partitions are compared with Redis at each beat, for news that went missing unseen."""
 
 
+class About(msgspec.Struct, frozen=True):
+    """What the others know of a worker."""
+
+    name: str
+    host: str
+    pid: int
+    space: str
+    """Where its pid means something: one boot of one machine, and one namespace of pids in it."""
+
+    @classmethod
+    def me(cls, name: str) -> About:
+        return cls(name, socket.gethostname(), os.getpid(), _pid_space())
+
+    def is_dead(self, space: str) -> bool:
+        """Whether it is known to have ended, by a process that sees *space*."""
+        if not space or self.space != space:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass  # somebody else's, so it is there
+        return False
+
+
+def _pid_space() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""  # no Linux: whoever dies is found out by its lease
+
+
+_encode = msgspec.json.Encoder().encode
+_about = msgspec.json.Decoder(About).decode
+
+
 class Members:
     """This worker among the others."""
 
-    def __init__(self, prefix: str, calls: Calls, partitions: Partitions, me: str, info: str) -> None:
+    def __init__(self, prefix: str, calls: Calls, partitions: Partitions, me: str, about: About) -> None:
         self._key = f"{prefix}{{ctl}}:members"
         self._slot: int = key_slot(self._key.encode())
         self._calls = calls
         self._partitions = partitions
         self._me = me
-        self._info = info
-        self.alive: dict[str, str] = {}
+        self._about = about
+        self.alive: dict[str, About] = {}
         """The names of the living, this worker's too, and what is to be known of each."""
 
         self._settled = False
@@ -99,24 +141,29 @@ class Members:
     async def _beat(self) -> bool:
         """Renew the lease; whether somebody came or went."""
         now, grace, rows = await self._calls.script(
-            "beat", self._slot, (self._key,), self._me, LEASE_MS, self._info, aside=True
+            "beat", self._slot, (self._key,), self._me, LEASE_MS, _encode(self._about), aside=True
         )
-        alive: dict[str, str] = {}
+        alive: dict[str, About] = {}
         forgotten = []
         for name, value in zip(rows[::2], rows[1::2], strict=True):
             if name.startswith(b"@"):
                 continue
-            until, _, info = value.partition(b" ")
+            until, _, about = value.partition(b" ")
             if int(until) > now or grace > now:
-                alive[name.decode()] = info.decode()
+                alive[name.decode()] = _about(about)
             elif int(until) < now - 60_000:
                 forgotten.append(name)
         if forgotten:
             await self._calls.command(self._slot, "HDEL", self._key, *forgotten)
+        for name, who in tuple(alive.items()):
+            if name != self._me and who.is_dead(self._about.space):
+                await self.bury(name)  # its lease need not be waited for: it died on this machine
+                del alive[name]
         changed = alive.keys() != self.alive.keys()
         if changed and self.alive:
             for name in self.alive.keys() - alive.keys():
-                get_log().warning("worker_gone", worker=name, about=self.alive[name])
+                gone = self.alive[name]
+                get_log().info("worker_gone", worker=gone.name, host=gone.host, pid=gone.pid)
         self.alive = alive
         if changed:
             self._settled = False
@@ -125,7 +172,6 @@ class Members:
     async def bury(self, name: str) -> None:
         """A worker is known to be dead: its lease ends now."""
         await self._calls.script("beat", self._slot, (self._key,), name, 0, "", aside=True)
-        self._wake.set()
 
     def wake(self) -> None:
         """Look at once who is alive."""

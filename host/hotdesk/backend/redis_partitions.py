@@ -21,7 +21,7 @@ from hotdesk_sdk import Message
 
 from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
-from . import ConversationRecord, Entry, Listener, StoredReply
+from . import SUSPECT_TRIES, ConversationRecord, Entry, Listener, StoredReply
 from .redis_servers import Servers
 from .redis_wire import Command, Scripts, own_task
 
@@ -339,8 +339,10 @@ class Partitions:
         assert isinstance(message, Message)
         msgspec.structs.force_setattr(message, "seq", int(fields[b"s"]))
         tried = int(tries.get(str(n).encode(), 0))
-        if heads is not None and message.conversation not in heads:
+        is_head = heads is not None and message.conversation not in heads
+        if heads is not None:
             heads.add(message.conversation)
+        if is_head and tried < SUSPECT_TRIES:  # more often than that, each try is counted as it begins
             tried += 1
             counting = self._calls.command(partition.slot, "HINCRBY", partition.keys["tries"], str(n), 1, aside=False)
             counting.add_done_callback(swallow)

@@ -23,7 +23,7 @@ from hotdesk_sdk import Message
 
 from ..errors import BackendError, BackendUnavailable
 from ..metrics import Metrics
-from . import Appended, ConversationRecord, Entry, Listener, Outcome, StoredReply, TurnEnd
+from . import Appended, ConversationRecord, DeadLetter, Entry, Listener, Outcome, StoredReply, TurnEnd
 from .lock import FileLock
 from .sqlite_journal import Append, Journal, record_of
 from .sqlite_schema import migrate
@@ -63,6 +63,7 @@ class SqliteBackend:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._stopping = False
+        self._listener: Listener | None = None
         self._inode = 0
         self._looked_at = 0.0
         self._replaced = False
@@ -110,6 +111,9 @@ class SqliteBackend:
 
     async def aclose(self) -> None:
         """Commit what is queued, and close."""
+        if self._listener is not None and not self._stopping:
+            clean = self._submit(lambda journal: journal.put("", "clean", b"1"))
+            clean.add_done_callback(lambda done: done.exception())
         self._stopping = True
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -195,12 +199,52 @@ class SqliteBackend:
                 future.set_result(result)
 
     async def start(self, listener: Listener) -> int:
+        self._listener = listener
+        crashed = await self.kv_get("", "clean") is None
+        if crashed:
+            await self._submit(Journal.count_crash)
+        await self.kv_set("", "clean", None)
+        tries = await self._tries()
         unfinished = await self.unfinished()
         for message, record in unfinished:
-            listener.run(message, record, attempt=2, opened=False, fence=None)
+            tried = tries.get((message.conversation, message.seq), 0)
+            listener.run(message, record, attempt=max(2, tried + 1), opened=False, fence=None)
         for reply, record in await self.undelivered():
             listener.redeliver(reply, record)
         return len(unfinished)
+
+    async def _tries(self) -> dict[tuple[str, int], int]:
+        def work(db: sqlite3.Connection) -> dict[tuple[str, int], int]:
+            rows = db.execute(
+                "SELECT c.name, t.seq, t.tries FROM open_turns AS t JOIN conversations AS c ON c.id = t.conversation"
+                " WHERE t.tries > 0"
+            )
+            return {(name, seq): tries for name, seq, tries in rows}
+
+        return await self._reading(work)
+
+    def count_try(self, conversation: str, seq: int, fence: Any) -> asyncio.Future[None]:
+        return self._submit(lambda journal: journal.count_try(conversation, seq))
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        def work(db: sqlite3.Connection) -> list[DeadLetter]:
+            rows = db.execute(
+                "SELECT c.name, d.seq, j.id, d.tries, d.at FROM dead_letters AS d"
+                " JOIN conversations AS c ON c.id = d.conversation"
+                " JOIN journal AS j ON j.conversation = d.conversation AND j.seq = d.seq ORDER BY d.at, c.name, d.seq"
+            )
+            return [DeadLetter(*row) for row in rows]
+
+        return await self._reading(work)
+
+    async def requeue(self, conversation: str, seq: int) -> bool:
+        if not await self._submit(lambda journal: journal.requeue(conversation, seq)):
+            return False
+        entries = await self.read(conversation, seq - 1, 1)
+        record = await self.record(conversation)
+        if entries and isinstance(entries[0], Message) and record is not None and self._listener is not None:
+            self._listener.run(entries[0], record, attempt=1, opened=False, fence=None)
+        return True
 
     def owns(self, conversation: str) -> bool:
         return True

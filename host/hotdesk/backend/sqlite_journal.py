@@ -17,7 +17,7 @@ import msgspec
 
 from hotdesk_sdk import Message
 
-from . import Appended, ConversationRecord, StoredReply, TurnEnd
+from . import SUSPECT_TRIES, Appended, ConversationRecord, StoredReply, TurnEnd
 
 __all__ = ["Journal", "record_of"]
 
@@ -195,10 +195,43 @@ class Journal:
         if warm is None or (turn := self._open.pop((warm.row, end.seq), None)) is None:
             return None
         self._ended.append(turn)
+        if end.tries:
+            self._db.execute(
+                "INSERT INTO dead_letters (conversation, seq, tries, at) VALUES (?, ?, ?, ?)",
+                (warm.row, end.seq, end.tries, time.time()),
+            )
         stored = tuple(self.reply(warm, reply, end.deliver) for reply in end.replies)
         if end.changed is not None:
             self._change(warm, end.changed, end.closed)
         return stored
+
+    def count_crash(self) -> None:
+        """The last process ended with turns under way: any first open turn of a conversation may have been why."""
+        self._db.execute(
+            "UPDATE open_turns SET tries = tries + 1 WHERE tries < ? AND seq ="
+            " (SELECT min(seq) FROM open_turns AS o WHERE o.conversation = open_turns.conversation)",
+            (SUSPECT_TRIES,),
+        )
+
+    def count_try(self, conversation: str, seq: int) -> None:
+        """One turn is tried once more."""
+        warm = self.known(conversation)
+        if warm is not None and (turn := self._open.get((warm.row, seq))) is not None:
+            self._db.execute("UPDATE open_turns SET tries = tries + 1 WHERE id = ?", (turn,))
+
+    def requeue(self, conversation: str, seq: int) -> bool:
+        """A dead letter's turn is open again."""
+        warm = self.known(conversation)
+        if warm is None:
+            return False
+        self.flush()
+        gone = self._db.execute("DELETE FROM dead_letters WHERE conversation = ? AND seq = ?", (warm.row, seq))
+        if gone.rowcount != 1:
+            return False
+        turn = next(self._turn_ids)
+        self._open[(warm.row, seq)] = turn
+        self._began.append((turn, warm.row, seq))
+        return True
 
     def post(self, reply: StoredReply, deliver: bool) -> StoredReply | None:
         """A reply outside a turn; None when there is no such conversation."""
@@ -247,7 +280,7 @@ class Journal:
         for row, name, newest in rows:
             if row in busy or (newest is not None and newest >= before):
                 continue
-            for table in ("journal", "deliveries"):
+            for table in ("journal", "deliveries", "dead_letters"):
                 db.execute(f"DELETE FROM {table} WHERE conversation = ?", (row,))
             db.execute("DELETE FROM conversations WHERE id = ?", (row,))
             self._warm.pop(name, None)

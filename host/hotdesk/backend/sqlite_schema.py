@@ -44,6 +44,13 @@ MIGRATIONS: tuple[str, ...] = (
         plugin TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (plugin, key)
     ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE open_turns ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE dead_letters (
+        conversation INTEGER NOT NULL, seq INTEGER NOT NULL, tries INTEGER NOT NULL, at REAL NOT NULL,
+        PRIMARY KEY (conversation, seq)
+    ) WITHOUT ROWID;
+    """,
 )
 """Migration n takes a file from version n to n + 1. Published ones are never edited."""
 

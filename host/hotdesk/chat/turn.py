@@ -159,6 +159,7 @@ class TurnRun:
         "streaming",
         "task",
         "text",
+        "tries",
         "unanswered",
         "waiters",
         "waiting",
@@ -178,6 +179,8 @@ class TurnRun:
         self.abandoned = False
         self.dropped = False
         """Another worker runs it now: nothing that comes of it here counts."""
+        self.tries = 0
+        """How many tries it had, this one included, that may have ended their worker; 0 for most."""
         self.fence: Any = None
         """What the backend knows it by."""
         self.task: asyncio.Task[None] | None = None

@@ -20,7 +20,7 @@ import msgspec
 
 from hotdesk_sdk import Message, Reply
 
-from ..backend import Backend, ConversationRecord, StoredReply, TurnEnd
+from ..backend import SUSPECT_TRIES, Backend, ConversationRecord, StoredReply, TurnEnd
 from ..errors import BackendUnavailable, StaleOwner, TurnAborted, describe
 from ..logs import Logger
 from ..metrics import Metrics
@@ -42,9 +42,11 @@ CANCEL_S = 1.0
 """How long a turn that is cancelled at the stop may take to end."""
 
 CANCELLED = ("cancelled", "this was cancelled; what was said so far, if anything, is the reply")
+DEAD_LETTER = ("dead_letter", "this message could not be answered; it is kept for the operator")
 PRESS_S = 0.5
 """A cancelled turn has this long to unwind before it is cancelled again, and then once more to be left behind."""
 
+NO_ANSWER: Outcome = (None, {}, None)
 RETRY_S = (0.05, 0.2, 0.5, 1.0)
 """The waits between tries to put a turn's end on disk; the last is repeated."""
 
@@ -86,6 +88,7 @@ class Turns:
         metrics: Metrics,
         log: Logger,
         max_reply_chars: int,
+        max_tries: int,
         log_turns: bool,
         log_text: bool,
     ) -> None:
@@ -98,6 +101,8 @@ class Turns:
         self._metrics = metrics
         self._log = log
         self._max_reply_chars = max_reply_chars
+        self._max_tries = max_tries
+        self._suspects = asyncio.Lock()
         self._streams = Streams(outbox, log, max_reply_chars, backend)
         self._log_turns = log_turns
         self._log_text = log_text
@@ -117,6 +122,10 @@ class Turns:
         """Turns that were accepted and have not ended."""
         return len(self._live)
 
+    def runs_in(self, conversation: str) -> bool:
+        """Whether a turn of *conversation* has not ended."""
+        return conversation in self._lanes
+
     def find(self, conversation: str, message_id: str) -> TurnRun | None:
         """A turn that has not ended."""
         return self._live.get((conversation, message_id))
@@ -125,6 +134,7 @@ class Turns:
         """Run *message*'s turn once those before it in its conversation have ended."""
         turn = TurnRun(message, record, self._recent, attempt, time.monotonic())
         turn.fence = fence
+        turn.tries = attempt if attempt > 1 else 0
         self._live[(message.conversation, message.id)] = turn
         self._idle.clear()
         lane = self._lanes.get(message.conversation)
@@ -244,7 +254,12 @@ class Turns:
         self._calls.start(clock)
         turn.task = clock.task
         try:
-            text, metadata, error = (None, {}, None) if clock.cancelled else await self._answer(turn)
+            if clock.cancelled:
+                text, metadata, error = NO_ANSWER
+            elif turn.tries > SUSPECT_TRIES:
+                text, metadata, error = await self._answer_suspect(turn)
+            else:
+                text, metadata, error = await self._answer(turn)
         except (asyncio.CancelledError, GeneratorExit) as exc:
             if turn.abandoned:
                 return
@@ -261,6 +276,24 @@ class Turns:
             text, metadata, error = self._cut_short(turn)
             await settle()
         await self._end(turn, text, metadata, error)
+
+    async def _answer_suspect(self, turn: TurnRun) -> Outcome:
+        """Answer a message that may have ended its workers: no other such at the same time; not for ever."""
+        message = turn.message
+        if turn.tries > self._max_tries:
+            self._metrics.dead_letters.inc()
+            self._log.error(
+                "dead_letter", conversation=message.conversation, message=turn.id, seq=message.seq, tries=turn.tries - 1
+            )
+            return None, {}, DEAD_LETTER
+        async with self._suspects:
+            while True:
+                try:
+                    await self._backend.count_try(message.conversation, message.seq, turn.fence)
+                    break
+                except BackendUnavailable:
+                    await asyncio.sleep(RETRY_S[-1])
+            return await self._answer(turn)
 
     def _failed(self, turn: TurnRun, **why: Any) -> Outcome:
         if not turn.clock.cancelled:
@@ -393,8 +426,9 @@ class Turns:
             refused = ("turn_refused", "a plugin left something that is not JSON; the log says what")
             return TurnEnd(message.conversation, message.seq, to=turn.id, error=refused, fence=turn.fence), refused
         closed = view is not None and changed is not None and view.closed
+        tries = turn.tries - 1 if error is DEAD_LETTER else 0
         return TurnEnd(
-            message.conversation, message.seq, replies, changed, closed, deliver, turn.id, error, turn.fence
+            message.conversation, message.seq, replies, changed, closed, deliver, turn.id, error, turn.fence, tries
         ), error
 
     def _told(

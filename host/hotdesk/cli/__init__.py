@@ -11,15 +11,17 @@ import click
 from .chat import chat
 from .check import check
 from .plugins import plugins
+from .restart import restart
 from .run import run
 from .scaffold import init, new
+from .workers import workers
 
 __all__ = ["main"]
 
 _CHAPTERS = {
     "Serve": ("run", "init"),
     "Write plugins": ("new", "check"),
-    "Work with a running host": ("plugins", "chat"),
+    "Work with a running host": ("plugins", "chat", "workers", "restart"),
 }
 
 _EPILOG = """\b
@@ -30,12 +32,13 @@ Examples:
   hotdesk check plugins/hours                    what does it hook and ask for?
   hotdesk plugins                                what serves, in which generation
   hotdesk plugins rollback faq                   back to the version before
+  hotdesk restart                                all workers anew, one by one
   hotdesk plugins --json | jq '.plugins[].name'  for scripts
 
 \b
 Settings:
   A flag wins over its HOTDESK_* variable, that over hotdesk.toml, that over the
-  default. The clients (plugins, chat) read HOTDESK_URL, HOTDESK_ADMIN_TOKEN and
+  default. The clients (plugins, chat, …) read HOTDESK_URL, HOTDESK_ADMIN_TOKEN and
   HOTDESK_VISITOR_TOKEN.
 
 \b
@@ -78,5 +81,5 @@ def main() -> None:
     """
 
 
-for _command in (run, init, new, check, plugins, chat):
+for _command in (run, init, new, check, plugins, chat, workers, restart):
     main.add_command(_command)

@@ -24,7 +24,9 @@ __all__ = [
     "ClientFailed",
     "HostAbsent",
     "Plugin",
+    "PluginFailure",
     "UrlInvalid",
+    "Worker",
     "no_host",
     "refusal",
 ]
@@ -114,6 +116,36 @@ class Plugin(msgspec.Struct, frozen=True):
     kept: tuple[Kept, ...] = ()
     leftovers: tuple[str, ...] = ()
     config: dict[str, Any] = {}
+    workers: tuple[dict[str, Any], ...] = ()
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """One worker process as the host reports it."""
+
+    worker: int
+    pid: int
+    state: str
+    since: float | None = None
+    connections: int | None = None
+    turns: int | None = None
+    restarts: int = 0
+
+
+class RollReport(msgspec.Struct, frozen=True):
+    """How far the last restart of all workers is."""
+
+    number: int = 0
+    state: str = "none"
+    replaced: int = 0
+    message: str = ""
+
+
+class WorkersReport(msgspec.Struct, frozen=True):
+    """All workers; `restart` is None where the host is one process."""
+
+    workers: tuple[Worker, ...]
+    raw: dict[str, Any]
+    restart: RollReport | None = None
 
 
 class AdminClient:
@@ -149,6 +181,18 @@ class AdminClient:
     async def act(self, name: str, action: Action) -> Plugin:
         """Do *action* to a plugin and return how it stands after that."""
         return self._read(await self._about(name, "POST", f"/admin/plugins/{quote(name, safe='')}/{action}"))
+
+    async def workers(self) -> WorkersReport:
+        """All worker processes, and how the last restart went."""
+        raw = await self._call("GET", "/admin/workers")
+        try:
+            return msgspec.convert({**raw, "raw": raw}, WorkersReport)
+        except msgspec.ValidationError as exc:
+            raise _not_hotdesk(self.url, f"its answer is not understood: {exc}") from exc
+
+    async def restart(self) -> dict[str, Any]:
+        """Have all workers replaced: the number of that restart in `restart`, and whether it begins in `status`."""
+        return await self._call("POST", "/admin/restart")
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Every load, swap, failure and receipt from now on, until the host goes away."""

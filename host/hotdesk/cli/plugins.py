@@ -5,36 +5,24 @@ Tables and colour for people, aligned plain text when piped, the host's own JSON
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, TypeVar
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .admin_client import DEFAULT_URL, Action, AdminClient, Plugin
+from .admin_client import Action, AdminClient, Plugin, PluginFailure
 from .receipts import one_line, receipt_line
+from .target import Target, host_options, make_console, print_json
 
 __all__ = ["plugins"]
 
-T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _STATE_STYLE = {"ACTIVE": "green", "LOADING": "cyan", "PENDING": "cyan", "DRAINING": "yellow", "FAILED": "bold red"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Which host to talk to, as whom, and how to print its answers."""
-
-    url: str
-    token: str | None
-    as_json: bool
 
 
 class _PluginsGroup(click.Group):
@@ -68,23 +56,7 @@ def _target_options(command: F) -> F:
 
 
 @click.group(cls=_PluginsGroup, invoke_without_command=True)
-@click.option(
-    "--url",
-    metavar="URL",
-    envvar="HOTDESK_URL",
-    show_envvar=True,
-    default=DEFAULT_URL,
-    show_default=True,
-    help="The host's address.",
-)
-@click.option(
-    "--token",
-    metavar="TOKEN",
-    envvar="HOTDESK_ADMIN_TOKEN",
-    show_envvar=True,
-    help="The admin token that the host's first start showed.",
-)
-@click.option("--json", "as_json", is_flag=True, help="The host's answer as JSON.")
+@host_options
 @click.pass_context
 def plugins(ctx: click.Context, url: str, token: str | None, as_json: bool) -> None:
     """See and change the plugins of a running host.
@@ -100,7 +72,7 @@ def plugins(ctx: click.Context, url: str, token: str | None, as_json: bool) -> N
       hotdesk plugins disable faq            out of the way; its file is left alone
       hotdesk plugins list --json | jq -r '.plugins[] | select(.error) | .name'
     """
-    ctx.obj = _Target(url, token, as_json)
+    ctx.obj = Target(url, token, as_json)
     if ctx.invoked_subcommand is None:
         _list(ctx.obj)
 
@@ -108,21 +80,21 @@ def plugins(ctx: click.Context, url: str, token: str | None, as_json: bool) -> N
 @plugins.command("list", short_help="All plugins: state, generation, order, hooks, trouble.")
 @_target_options
 @click.pass_obj
-def list_command(target: _Target, url: str | None, token: str | None, as_json: bool) -> None:
+def list_command(target: Target, url: str | None, token: str | None, as_json: bool) -> None:
     """All plugins, from the outermost in: state, generation, order, hooks and what is wrong."""
-    _list(_over(target, url, token, as_json))
+    _list(target.over(url, token, as_json))
 
 
 @plugins.command(short_help="One plugin with everything about it.")
 @click.argument("name")
 @_target_options
 @click.pass_obj
-def show(target: _Target, name: str, url: str | None, token: str | None, as_json: bool) -> None:
+def show(target: Target, name: str, url: str | None, token: str | None, as_json: bool) -> None:
     """One plugin: what it hooks, asks for and was granted, its config, its last swap and what can be rolled back to."""
-    target = _over(target, url, token, as_json)
-    plugin = _ask(target, lambda client: client.plugin(name))
+    target = target.over(url, token, as_json)
+    plugin = target.ask(lambda client: client.plugin(name))
     if target.as_json:
-        _print_json(plugin.raw)
+        print_json(plugin.raw)
     else:
         _print_one(plugin)
 
@@ -132,13 +104,13 @@ def _action(action: Action, help: str, short_help: str) -> None:
     @click.argument("name")
     @_target_options
     @click.pass_obj
-    def command(target: _Target, name: str, url: str | None, token: str | None, as_json: bool) -> None:
-        target = _over(target, url, token, as_json)
-        plugin = _ask(target, lambda client: client.act(name, action))
+    def command(target: Target, name: str, url: str | None, token: str | None, as_json: bool) -> None:
+        target = target.over(url, token, as_json)
+        plugin = target.ask(lambda client: client.act(name, action))
         if target.as_json:
-            _print_json(plugin.raw)
+            print_json(plugin.raw)
         else:
-            _console().print(_outcome(action, plugin))
+            make_console().print(_outcome(action, plugin))
 
 
 _action(
@@ -159,24 +131,12 @@ _action(
 )
 
 
-def _over(target: _Target, url: str | None, token: str | None, as_json: bool) -> _Target:
-    return _Target(url or target.url, token or target.token, as_json or target.as_json)
-
-
-def _ask(target: _Target, question: Callable[[AdminClient], Coroutine[Any, Any, T]]) -> T:
-    async def ask() -> T:
-        async with AdminClient(target.url, target.token) as client:
-            return await question(client)
-
-    return asyncio.run(ask())
-
-
-def _list(target: _Target) -> None:
-    found = _ask(target, AdminClient.plugins)
+def _list(target: Target) -> None:
+    found = target.ask(AdminClient.plugins)
     if target.as_json:
-        _print_json({"plugins": [plugin.raw for plugin in found]})
+        print_json({"plugins": [plugin.raw for plugin in found]})
     elif not found:
-        _console().print("No plugins. `hotdesk new NAME` writes one; saved is live.")
+        make_console().print("No plugins. `hotdesk new NAME` writes one; saved is live.")
     else:
         _print_table(found)
 
@@ -184,17 +144,8 @@ def _list(target: _Target) -> None:
 # -- how it looks ------------------------------------------------------------------------------------------
 
 
-def _console() -> Console:
-    """For stdout; wraps nothing when piped, so that one plugin stays one line."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not Console().is_terminal)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
-
-
 def _print_table(found: list[Plugin]) -> None:
-    console = _console()
+    console = make_console()
     heads = ("PLUGIN", "STATE", "GEN", "ORDER", "CALLS", "FAILED", "HOOKS")
     rows = [_row(plugin) for plugin in found]
     if console.is_terminal:
@@ -240,9 +191,11 @@ def _state(plugin: Plugin) -> Text:
 def _notes(plugin: Plugin) -> list[Text]:
     """What an operator should know of a plugin without asking: why it does not serve as saved, and what it lacks."""
     notes = []
-    if plugin.error:
+    if plugin.error and not _lags(plugin):
         serving = "" if plugin.generation is None else f"; generation {plugin.generation} goes on serving"
-        notes.append(_note(plugin, "red", f"{_failure(plugin)}{serving}"))
+        notes.append(_note(plugin, "red", f"{_failure(plugin.name, plugin.error)}{serving}"))
+    for worker, how in _lags(plugin).items():
+        notes.append(_note(plugin, "red", f"worker {worker} {how}"))
     if plugin.pending:
         notes.append(_note(plugin, "cyan", f"has changed; it waits for `hotdesk plugins reload {plugin.name}`"))
     if plugin.waiting_for:
@@ -263,15 +216,30 @@ def _notes(plugin: Plugin) -> list[Text]:
     return notes
 
 
+def _lags(plugin: Plugin) -> dict[int, str]:
+    """The workers that do not stand where most do, and how each stands; empty where all agree."""
+    rows = {row["worker"]: (row.get("generation"), row.get("state")) for row in plugin.workers}
+    stands = list(rows.values())
+    if len(set(stands)) < 2 and len({bool(row.get("error")) for row in plugin.workers}) < 2:
+        return {}
+    usual = max(stands, key=lambda one: (stands.count(one), one[0] or 0))
+    lags = {}
+    for row in plugin.workers:
+        failure = _failure(plugin.name, msgspec.convert(row["error"], PluginFailure)) if row.get("error") else ""
+        if rows[row["worker"]] != usual or failure:
+            generation = row.get("generation")
+            serves = "serves none" if generation is None else f"serves generation {generation}"
+            rest = "" if usual[0] is None or usual[0] == generation else f", the others {usual[0]}"
+            lags[row["worker"]] = serves + rest + (f": {failure}" if failure else "")
+    return lags
+
+
 def _note(plugin: Plugin, style: str, text: str) -> Text:
     return Text.assemble((f"{one_line(plugin.name)}: ", f"bold {style}"), (one_line(text), style))
 
 
-def _failure(plugin: Plugin) -> str:
-    error = plugin.error
-    if error is None:
-        return ""
-    message = one_line(error.message).removeprefix(f"plugin '{plugin.name}': ")
+def _failure(name: str, error: PluginFailure) -> str:
+    message = one_line(error.message).removeprefix(f"plugin '{name}': ")
     place = ""
     if error.file and error.file not in message:
         place = f" ({error.file}:{error.line})" if error.line else f" ({error.file})"
@@ -288,12 +256,12 @@ def _outcome(action: Action, plugin: Plugin) -> Text:
     if plugin.receipt and plugin.generation is not None:
         return Text.assemble(("✓ ", "green"), receipt_line(plugin.receipt))
     serves = "is enabled but does not serve" if plugin.generation is None else f"serves, generation {plugin.generation}"
-    why = f": {_failure(plugin)}" if plugin.error else f" ({plugin.state})"
+    why = f": {_failure(plugin.name, plugin.error)}" if plugin.error else f" ({plugin.state})"
     return Text(f"{name} {serves}{why}")
 
 
 def _print_one(plugin: Plugin) -> None:
-    console = _console()
+    console = make_console()
     generation = "" if plugin.generation is None else f"  generation {plugin.generation}"
     console.print(
         Text.assemble((one_line(plugin.name), "bold"), f" {plugin.version or ''}  ", _state(plugin), generation)

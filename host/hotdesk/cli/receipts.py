@@ -166,6 +166,38 @@ def _breaker_closed(event: Mapping[str, Any]) -> str:
     return f"{_who(event)} breaker closed: it takes part in turns again"
 
 
+def _worker(event: Mapping[str, Any]) -> str:
+    return f"worker {event.get('worker', '?')}"
+
+
+def _worker_ready(event: Mapping[str, Any]) -> str:
+    return f"{_worker(event)} serves again (pid {event.get('pid')})"
+
+
+def _worker_died(event: Mapping[str, Any]) -> str:
+    wait = event.get("again_in_s")
+    again = f"started again in {wait:g} s" if wait else "started again"
+    return f"{_worker(event)} died: {one_line(event.get('message', '?'))} (pid {event.get('pid')}); {again}"
+
+
+def _worker_replaced(event: Mapping[str, Any]) -> str:
+    return f"{_worker(event)} replaced (pid {event.get('before')} → {event.get('pid')})"
+
+
+def _restart_begun(event: Mapping[str, Any]) -> str:
+    return f"restarting {event.get('workers')} workers, one by one"
+
+
+def _restart_done(event: Mapping[str, Any]) -> str:
+    message = one_line(event.get("message") or "")
+    return f"all {event.get('workers')} workers replaced" + (f"; {message}" if message else "")
+
+
+def _restart_failed(event: Mapping[str, Any]) -> str:
+    where = f" at {_worker(event)}" if "worker" in event else ""
+    return f"restart failed{where}: {one_line(event.get('message', '?'))}; the ones from before go on serving"
+
+
 _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "plugin_loaded": _live,
     "plugin_swapped": _live,
@@ -184,4 +216,10 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "breaker_closed": _breaker_closed,
     "settings_failed": _settings_failed,
     "llm_configured": _models,
+    "worker_ready": _worker_ready,
+    "worker_died": _worker_died,
+    "worker_replaced": _worker_replaced,
+    "restart_begun": _restart_begun,
+    "restart_done": _restart_done,
+    "restart_failed": _restart_failed,
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
 __all__ = ["Departure"]
 
@@ -16,14 +18,19 @@ STEP_S = 0.01
 
 
 class Departure:
-    """Of one runner. Until `begin` it costs nothing but a look at each response."""
+    """Of one worker. Until `leave` it costs nothing but a look at each response."""
 
     def __init__(self) -> None:
         self._leaving = False
         self._hurried = asyncio.Event()
 
+    @property
+    def hurried(self) -> bool:
+        """Whether the whole desk stops, so that there is nobody else to come back to."""
+        return self._hurried.is_set()
+
     def hurry(self) -> None:
-        """Wait for nobody who has asked nothing: the whole desk stops."""
+        """The whole desk stops: wait for nobody here."""
         self._hurried.set()
 
     async def tell(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
@@ -32,24 +39,42 @@ class Departure:
             response.force_close()
             response.headers["Connection"] = "close"
 
-    async def leave(self, runner: web.BaseRunner) -> None:
-        """Take no new connection, answer what is asked on those there are, and close the ones that ask nothing.
+    async def leave(self, runner: web.BaseRunner, seconds: float) -> None:
+        """Take no new connection, answer within *seconds* whatever is asked on those there are, and close them.
 
-        Connections with a request under way, sockets and event streams are left alone.
+        Messages are to be taken until this returns. Sockets and event streams, and what is answered only later, are
+        left alone.
         """
         self._leaving = True
         for site in runner.sites:
             await site.stop()
         server = runner.server
         assert server is not None
-        loop = asyncio.get_running_loop()
-        until = loop.time() + LINGER_S
-        while any(_is_idle(one) for one in server.connections) and loop.time() < until and not self._hurried.is_set():
-            await asyncio.sleep(STEP_S)
+        await self._wait_none(server, _is_idle, LINGER_S)
         for one in server.connections:
             if _is_idle(one):
                 one.close()
+        await self._wait_none(server, _is_unanswered, seconds)
+
+    async def _wait_none(self, server: web.Server, kind: Callable[[RequestHandler], bool], seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while any(map(kind, server.connections)) and loop.time() < until:
+            try:
+                async with asyncio.timeout(STEP_S):
+                    await self._hurried.wait()
+                return
+            except TimeoutError:
+                continue
 
 
-def _is_idle(connection: object) -> bool:
-    return getattr(connection, "_current_request", None) is None  # aiohttp has no public word for it
+# aiohttp has no public word for what a connection is at.
+
+
+def _is_idle(connection: RequestHandler) -> bool:
+    return connection._current_request is None
+
+
+def _is_unanswered(connection: RequestHandler) -> bool:
+    request = connection._current_request
+    return request is not None and request.writer.output_size == 0

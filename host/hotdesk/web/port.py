@@ -36,7 +36,7 @@ def bind_shared_port(config: Config, count: int) -> list[socket.socket]:
     first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     socks = [first]
     try:
-        for _ in range(count - 1):
+        while len(socks) < count:
             socks.append(_bind(config, first.getsockname()[1], shared=True, listen=True))
     except BaseException:
         for sock in socks:

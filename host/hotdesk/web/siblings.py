@@ -18,7 +18,7 @@ from ..errors import DoorError
 __all__ = ["DeskState", "Roll", "Siblings", "Told", "WorkerRow"]
 
 ASK_S = 2.0
-"""How long a sibling has for an answer that it has at hand. One that is stopped must not hold up the others' answers."""
+"""How long a sibling has for an answer that it has at hand. One that is stopped must not hold up the rest."""
 
 
 class WorkerRow(msgspec.Struct, frozen=True):

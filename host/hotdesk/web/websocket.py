@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -149,6 +150,14 @@ class WebSockets:
                 self._elsewhere.leave(conversation)
         return ws
 
+    async def send_off(self, but: Callable[[str], bool]) -> None:
+        """Close the connections with 1012, but for those of conversations that *but* is true of: another worker serves.
+
+        They come back to that one at once, and do not wait for turns of others.
+        """
+        gone = [session for session in self._sessions if not but(session.conversation)]
+        await asyncio.gather(*(s.aclose(WSCloseCode.SERVICE_RESTART, b"come back") for s in gone))
+
     async def aclose(self) -> None:
         """Close every connection with 1012, "service restart": come back."""
         for task in (self._keeping, self._looking):
@@ -199,7 +208,6 @@ class _Session:
     __slots__ = (
         "__weakref__",
         "_closing",
-        "_conversation",
         "_door",
         "_full",
         "_heard",
@@ -210,6 +218,7 @@ class _Session:
         "_unaccepted",
         "_unsent",
         "_visitor",
+        "conversation",
         "ws",
     )
 
@@ -225,7 +234,7 @@ class _Session:
         self.ws = ws
         self._transport: Any = request.transport
         self._remote = request.remote or ""
-        self._conversation = conversation
+        self.conversation = conversation
         self._visitor = visitor
         self._closing = False
         self._heard = True
@@ -291,7 +300,7 @@ class _Session:
             self.send_chunks([event])
         if self._full:
             return False
-        self._door._turns.make_room(self._conversation)
+        self._door._turns.make_room(self.conversation)
         return True
 
     def _write(self, data: bytes) -> None:
@@ -378,7 +387,7 @@ class _Session:
         if frame.type != "message":
             raise DoorError("bad_message", f"type is {frame.type!r}; it may be message, cancel or ping - at `$.type`")
         try:
-            new = to_message(frame, self._conversation, self._door._config.max_text_bytes)
+            new = to_message(frame, self.conversation, self._door._config.max_text_bytes)
             if self._visitor is not None:
                 self._door._access.check_expiry(self._visitor)
                 new = NewMessage(
@@ -400,11 +409,11 @@ class _Session:
         try:
             if self._visitor is not None:
                 self._door._access.check_expiry(self._visitor)
-            if self._door._turns.cancel(self._conversation, message):
+            if self._door._turns.cancel(self.conversation, message):
                 return
             if self._unaccepted is not None and message in self._unaccepted:
                 self._unaccepted[message] = True
-            elif self._door._backend.owns(self._conversation):
+            elif self._door._backend.owns(self.conversation):
                 raise _nothing_to_cancel()
             else:
                 host_task(self._cancel_elsewhere(message))
@@ -413,7 +422,7 @@ class _Session:
 
     async def _cancel_elsewhere(self, message: str) -> None:
         try:
-            if not await self._door._elsewhere.cancel(self._conversation, message):
+            if not await self._door._elsewhere.cancel(self.conversation, message):
                 raise _nothing_to_cancel()
         except (DoorError, BackendUnavailable) as exc:
             self.refuse(self._door._wire.as_door_error(exc, "websocket"), message)
@@ -426,7 +435,7 @@ class _Session:
         if cancelled:
             self._cancel(outcome.id)
         if self._door._config.on_leave == "cancel" and self not in self._door._sessions:
-            self._door._elsewhere.leave(self._conversation, outcome.id)  # it left before its message was on disk
+            self._door._elsewhere.leave(self.conversation, outcome.id)  # it left before its message was on disk
 
     def _tell_accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
         if isinstance(outcome, BaseException):

@@ -1,6 +1,6 @@
 """What a supervisor and a worker say to each other, over a socket pair that the worker inherits.
 
-First the orders, once. Then lines of JSON both ways, until either end is gone: a worker that loses its supervisor stops.
+First the orders, once. Then lines of JSON both ways, until either end is gone: a worker without a supervisor stops.
 """
 
 from __future__ import annotations

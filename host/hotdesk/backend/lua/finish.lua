@@ -1,7 +1,7 @@
 -- End a turn: its replies, what it changed, and the news of it, all or nothing. Only its owner may.
--- KEYS  own, in, conversation, journal, undelivered, tries
+-- KEYS  own, in, conversation, journal, undelivered, tries, dead
 -- ARGV  base, me, epoch, conversation, seq, tag, origin, head of the news, "1" to deliver, "1" when it was tried before,
---       "1" when it closes the conversation, how many fields of the record follow as names and values,
+--       "1" when it closes the conversation, what is kept of it as a dead letter or "", how many fields of the record follow as names and values,
 --       how many names of fields follow that go, then the replies
 -- Gives {1, seq of the first reply, n}, {0} when the turn had ended, {-1} when the owner is another
 local base, me, conversation, seq = ARGV[1], ARGV[2], ARGV[4], ARGV[5]
@@ -24,13 +24,16 @@ redis.call('XDEL', KEYS[2], n .. '-0')
 if ARGV[10] == '1' then
   redis.call('HDEL', KEYS[6], n)
 end
-local at = 13
-local fields = tonumber(ARGV[12])
+if ARGV[12] ~= '' then
+  redis.call('HSET', KEYS[7], seq .. ' ' .. conversation, ARGV[12])
+end
+local at = 14
+local fields = tonumber(ARGV[13])
 if fields > 0 then
   redis.call('HSET', KEYS[3], unpack(ARGV, at + 1, at + 2 * fields))
 end
 at = at + 2 * fields
-local gone = tonumber(ARGV[13])
+local gone = tonumber(ARGV[14])
 if gone > 0 then
   redis.call('HDEL', KEYS[3], unpack(ARGV, at + 1, at + gone))
 end
