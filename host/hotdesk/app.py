@@ -55,6 +55,7 @@ from .web.access import Access, keep_admin_token
 from .web.admin import Admin
 from .web.application import Doors, make_application
 from .web.conversations import Conversations
+from .web.dead_letters import DeadLetters
 from .web.departure import Departure
 from .web.images import ImageDoor
 from .web.inner import serve_inner
@@ -291,6 +292,7 @@ async def open_host(
                 siblings=siblings,
                 facts=lambda: {"connections": sum(map(_connections, runners)), "turns": turns.live},
             ),
+            dead_letters=DeadLetters(backend, access),
             probes=Probes(
                 backend=backend,
                 registry=registry,

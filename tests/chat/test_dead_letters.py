@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.load.hosts import Server, host_on
+from tests.load.hosts import ADMIN_TOKEN, Server, host_on
 from tests.redis_servers.server import RedisServer
 
 from conftest import wait_until
@@ -77,3 +77,23 @@ async def test_poison_becomes_a_dead_letter(server: Server) -> None:
 
         await wait_until(answered, "all but the poison is answered, once")
         assert server.running
+
+        [letter] = (await admin(http, server, "GET", "dead-letters"))["dead_letters"]
+        assert (letter["conversation"], letter["seq"], letter["id"], letter["tries"]) == ("bad", 1, "m", 5)
+        shown = await admin(http, server, "GET", "dead-letters/bad/1")
+        assert shown["message"]["text"] == "poison"
+        (server.folder / "antidote").touch()
+        assert (await admin(http, server, "POST", "dead-letters/bad/1/requeue"))["status"] == "requeued"
+
+        async def healed() -> bool:
+            return any(entry.get("to") == "m" for entry in await record(http, server, "bad"))
+
+        await wait_until(healed, "the dead letter is answered")
+        assert (await admin(http, server, "GET", "dead-letters"))["dead_letters"] == []
+        assert "error" in await admin(http, server, "POST", "dead-letters/bad/1/requeue")
+
+
+async def admin(http: aiohttp.ClientSession, server: Server, method: str, path: str) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    async with http.request(method, f"http://127.0.0.1:{server.port}/admin/{path}", headers=headers) as response:
+        return await response.json()  # type: ignore[no-any-return]

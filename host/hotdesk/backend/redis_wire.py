@@ -52,8 +52,8 @@ AGAIN_S = 0.15
 CONFIRM_MS = 1000
 """How long replicas have to confirm a batch."""
 
-MISPLACED = (MovedError, AskError, TryAgainError)
-"""Answers that say: not here, or not yet. Nothing was done."""
+MISPLACED = (MovedError, AskError, TryAgainError, ClusterDownError)
+"""Answers of a Cluster's server that say: not here, or not now. Nothing was done."""
 
 
 def own_task(coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -129,9 +129,9 @@ def explain(exc: BaseException) -> str:
 
 
 class Command:
-    """One command, and who waits for its answer. *slot* is its keys' (a Cluster's), *key* -1 where it has none."""
+    """One command, and who waits for its answer. *slot* is its keys' (a Cluster's), -1 where it has none."""
 
-    __slots__ = ("args", "future", "slot", "tries", "writes")
+    __slots__ = ("alone", "args", "asking", "future", "slot", "tries", "until", "writes")
 
     def __init__(self, args: tuple[Any, ...], future: asyncio.Future[Any], slot: int, writes: bool) -> None:
         self.args = args
@@ -139,6 +139,14 @@ class Command:
         self.slot = slot
         self.writes = writes
         self.tries = 0
+        self.until = 0.0
+        """When it is given up, once it was refused."""
+
+        self.alone = False
+        """Its refusal goes to who waits for the answer, and to nobody else."""
+
+        self.asking = False
+        """It is sent to the server that its slot is being moved to."""
 
 
 class Lane:
@@ -146,6 +154,10 @@ class Lane:
 
     `send` never waits. What is asked for while a batch is under way goes into the next, in order. A command whose
     answer did not come fails with `BackendUnavailable`: it may have been carried out.
+
+    With *misplaced*, for a server of a Cluster, the commands of one slot in a batch are carried out together or not at
+    all: else one whose keys are being moved would be refused, and a later one overtake it. Those that were refused are
+    handed to *misplaced* in their order, before anything else is sent.
     """
 
     def __init__(
@@ -155,7 +167,6 @@ class Lane:
         name: str,
         scripts: Scripts,
         replicas: int = 0,
-        on_open: Callable[[], None] | None = None,
         on_batch: Callable[[int, float], None] | None = None,
         misplaced: Callable[[list[tuple[Command, Exception]]], None] | None = None,
     ) -> None:
@@ -163,25 +174,46 @@ class Lane:
         self._name = name
         self._scripts = scripts
         self._replicas = replicas
-        self._on_open = on_open
         self._on_batch = on_batch
         self._misplaced = misplaced
         self._loop = asyncio.get_running_loop()
         self.queue: list[Command] = []
+        self.flying: list[Command] = []
+        """The batch that is under way."""
+
+        self._began = 0.0
+        self._landed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._down: BackendUnavailable | None = None
         self._down_until = 0.0
         self._closed = False
+        self._ending = "the host is stopping"
 
     @property
     def down(self) -> str | None:
         """Why the server can't be reached, while it can't."""
         return None if self._down is None else self._down.reason
 
+    @property
+    def waiting_s(self) -> float:
+        """How long the batch that is under way has been so."""
+        return time.monotonic() - self._began if self.flying else 0.0
+
+    async def wait_landed(self, timeout_s: float) -> bool:
+        """Wait until the batch that is under way is answered; False when it is not by then."""
+        if not self.flying:
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._landed.wait()
+        except TimeoutError:
+            return False
+        return True
+
     def send(self, command: Command) -> None:
         if self._closed:
-            self._fail([command], BackendUnavailable(self._name, "the host is stopping"))
+            self._fail([command], BackendUnavailable(self._name, self._ending))
             return
         self.queue.append(command)
         if self._task is None:
@@ -197,12 +229,18 @@ class Lane:
     async def _run(self) -> None:
         try:
             while self.queue:
-                batch, self.queue = self.queue[:BATCH], self.queue[BATCH:]
-                await self._exchange(batch)
+                self.flying, self.queue = self.queue[:BATCH], self.queue[BATCH:]
+                self._began = time.monotonic()
+                self._landed.clear()
+                try:
+                    await self._exchange(self.flying)
+                finally:
+                    self.flying = []
+                    self._landed.set()
         finally:
             self._task = None
             if self.queue:  # cancelled by the close
-                self._fail(self.queue, BackendUnavailable(self._name, "the host is stopping"))
+                self._fail(self.queue, BackendUnavailable(self._name, self._ending))
                 self.queue = []
 
     async def _connected(self) -> Connection:
@@ -218,30 +256,28 @@ class Lane:
             self._down_until = time.monotonic() + AGAIN_S
             raise self._down from exc
         self._down = None
-        if self._on_open is not None:
-            self._on_open()
         return self._connection
 
     async def _exchange(self, batch: list[Command]) -> None:
         started = time.perf_counter()
         results: list[Any] = []
         confirmed = self._replicas
+        groups = [[command] for command in batch] if self._misplaced is None else _by_slot(batch)
+        batch = [command for group in groups for command in group]
+        sent = False
         try:
             connection = await self._connected()
-            commands = [command.args for command in batch]
+            commands = _lay_out(groups)
             confirm = self._replicas and any(command.writes for command in batch)
             if confirm:
                 commands.append(("WAIT", self._replicas, CONFIRM_MS))
+            sent = True
             async with asyncio.timeout(ANSWER_S):
                 await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-                read = connection.read_response
-                for _ in batch:
-                    try:
-                        results.append(await read())
-                    except ResponseError as exc:
-                        results.append(exc)
+                for group in groups:
+                    await _read_group(connection, group, results)
                 if confirm:
-                    confirmed = await read()
+                    confirmed = await connection.read_response()
         except BackendUnavailable as exc:
             self._fail(batch, exc)
             return
@@ -252,10 +288,11 @@ class Lane:
             self._fail(batch[len(results) :], failure)
             return
         except asyncio.CancelledError:
-            self._fail(batch, BackendUnavailable(self._name, "the host is stopping"))
+            self._fail(batch, BackendUnavailable(self._name, self._ending, unsure=sent))
             raise
         if self._on_batch is not None:
             self._on_batch(len(batch), time.perf_counter() - started)
+        self.flying = []
         again = self._settle(batch, results, confirmed)
         if again:
             await self._load_scripts(again)
@@ -270,7 +307,10 @@ class Lane:
                     again.append(command)
                     continue
                 if self._misplaced is not None and isinstance(result, MISPLACED):
-                    elsewhere.append((command, result))
+                    if not command.alone:
+                        elsewhere.append((command, result))
+                    elif not command.future.done():
+                        command.future.set_exception(result)
                     continue
                 if isinstance(result, ReadOnlyError):  # a master that is one no longer: look for the new one
                     own_task(self.drop())
@@ -286,7 +326,7 @@ class Lane:
 
     def _failure(self, exc: Exception) -> Exception:
         text = str(exc)
-        away = (ReadOnlyError, ClusterDownError, BusyLoadingError, OutOfMemoryError, NoPermissionError, *MISPLACED)
+        away = (ReadOnlyError, BusyLoadingError, OutOfMemoryError, NoPermissionError, *MISPLACED)
         if isinstance(exc, away) or text.startswith(("MISCONF", "NOREPLICAS", "LOADING", "OOM", "UNBLOCKED", "BUSY")):
             return BackendUnavailable(self._name, explain(exc))
         return BackendError(f"backend {self._name}: {text}")
@@ -309,12 +349,59 @@ class Lane:
         if connection is not None:
             await _drop(connection)
 
-    async def aclose(self) -> None:
-        """Finish what was asked for, and close."""
+    async def aclose(self, reason: str = "the host is stopping", *, wait_s: float = ANSWER_S) -> None:
+        """Finish what was asked for, and close; what is not answered in time fails with *reason*."""
         self._closed = True
+        self._ending = reason
         if self._task is not None:
-            await asyncio.wait([self._task], timeout=ANSWER_S)
+            await asyncio.wait([self._task], timeout=wait_s)
             if self._task is not None:
                 self._task.cancel()
                 await asyncio.wait([self._task])
         await self.drop()
+
+
+def _by_slot(batch: list[Command]) -> list[list[Command]]:
+    """The commands of each slot, in their order; between slots there is none. What has no slot stands by itself."""
+    groups: dict[int, list[Command]] = {}
+    for position, command in enumerate(batch, 1):
+        groups.setdefault(command.slot if command.slot >= 0 else -position, []).append(command)
+    return list(groups.values())
+
+
+def _lay_out(groups: list[list[Command]]) -> list[tuple[Any, ...]]:
+    """What is sent for *groups*: several commands of a slot as one transaction."""
+    commands: list[tuple[Any, ...]] = []
+    for group in groups:
+        if group[0].asking:
+            commands.append(("ASKING",))
+        if len(group) == 1:
+            commands.append(group[0].args)
+        else:
+            commands += (("MULTI",), *(command.args for command in group), ("EXEC",))
+    return commands
+
+
+async def _read_group(connection: Connection, group: list[Command], results: list[Any]) -> None:
+    """Add the answer of each command of *group* to *results*; an error is an answer too."""
+    if group[0].asking:
+        await _read(connection)
+    if len(group) == 1:
+        results.append(await _read(connection))
+        return
+    begun = await _read(connection)
+    answers = [await _read(connection) for _ in group]
+    ended = await _read(connection)
+    if isinstance(ended, list):
+        results += ended
+    elif isinstance(begun, Exception):  # this user may do no MULTI: each was carried out by itself
+        results += answers
+    else:
+        results += [next((one for one in answers if isinstance(one, Exception)), ended)] * len(group)
+
+
+async def _read(connection: Connection) -> Any:
+    try:
+        return await connection.read_response()
+    except ResponseError as exc:
+        return exc

@@ -10,6 +10,7 @@ import click
 
 from .chat import chat
 from .check import check
+from .dead_letters import dead_letters
 from .plugins import plugins
 from .restart import restart
 from .run import run
@@ -21,7 +22,7 @@ __all__ = ["main"]
 _CHAPTERS = {
     "Serve": ("run", "init"),
     "Write plugins": ("new", "check"),
-    "Work with a running host": ("plugins", "chat", "workers", "restart"),
+    "Work with a running host": ("plugins", "chat", "workers", "restart", "dead-letters"),
 }
 
 _EPILOG = """\b
@@ -81,5 +82,5 @@ def main() -> None:
     """
 
 
-for _command in (run, init, new, check, plugins, chat, workers, restart):
+for _command in (run, init, new, check, plugins, chat, workers, restart, dead_letters):
     main.add_command(_command)

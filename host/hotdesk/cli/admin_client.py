@@ -194,6 +194,18 @@ class AdminClient:
         """Have all workers replaced: the number of that restart in `restart`, and whether it begins in `status`."""
         return await self._call("POST", "/admin/restart")
 
+    async def dead_letters(self) -> dict[str, Any]:
+        """All dead letters, below `dead_letters`."""
+        return await self._call("GET", "/admin/dead-letters")
+
+    async def dead_letter(self, conversation: str, seq: int) -> dict[str, Any]:
+        """One dead letter and its message."""
+        return await self._call("GET", f"/admin/dead-letters/{quote(conversation, safe='')}/{seq}")
+
+    async def requeue(self, conversation: str, seq: int) -> dict[str, Any]:
+        """Have a dead letter answered once more."""
+        return await self._call("POST", f"/admin/dead-letters/{quote(conversation, safe='')}/{seq}/requeue")
+
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Every load, swap, failure and receipt from now on, until the host goes away."""
         try:

@@ -12,6 +12,7 @@ from ..errors import DoorError
 from .access import Access
 from .admin import Admin
 from .conversations import Conversations
+from .dead_letters import DeadLetters
 from .departure import Departure
 from .images import ImageDoor
 from .plugin_pages import PluginPages
@@ -43,6 +44,7 @@ class Doors:
     webhooks: Webhooks
     pages: PluginPages
     admin: Admin
+    dead_letters: DeadLetters
     probes: Probes
 
 
@@ -60,6 +62,9 @@ def make_application(config: Config, doors: Doors, departure: Departure | None =
         "/admin/plugins": {"GET": doors.admin.list},
         "/admin/plugins/{name}": {"GET": doors.admin.show},
         "/admin/plugins/{name}/{action}": {"POST": doors.admin.act},
+        "/admin/dead-letters": {"GET": doors.dead_letters.list},
+        "/admin/dead-letters/{c}/{seq}": {"GET": doors.dead_letters.show},
+        "/admin/dead-letters/{c}/{seq}/requeue": {"POST": doors.dead_letters.requeue},
         "/admin/events": {"GET": doors.admin.events},
         "/admin/tokens": {"POST": doors.admin.token},
         "/admin/workers": {"GET": doors.admin.workers},
