@@ -56,26 +56,18 @@ class ImageStore:
             return False
         self._make(self._tmp)
         self._make(path.parent)
+        fresh = self._tmp / f"{hash}.{secrets.token_hex(8)}"
         try:
-            self._write(path, data)
-        except FileNotFoundError:  # swept between its creation and its lock, by a worker that begins
-            self._write(path, data)
-        _flush(path.parent)
-        return True
-
-    def _write(self, path: Path, data: bytes) -> None:
-        fresh = self._tmp / f"{path.name}.{secrets.token_hex(8)}"
-        try:
-            descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with os.fdopen(_create_held(fresh), "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
                 fresh.replace(path)
         except OSError:
             fresh.unlink(missing_ok=True)
             raise
+        _flush(path.parent)
+        return True
 
     def _make(self, folder: Path) -> None:
         """Make *folder* below the store, and have its name on disk."""
@@ -131,6 +123,16 @@ class ImageStore:
                 return False
             grave.unlink()
         return True
+
+
+def _create_held(path: Path) -> int:
+    """Create *path* for writing, with a lock that keeps sweeps away from it."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # a worker that begins swept it before it had its lock
 
 
 def _flush(folder: Path) -> None:

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from redis.crc import key_slot
@@ -256,32 +257,56 @@ class Members:
     async def _hand_over(self, partition: Partition) -> None:
         """Give *partition* to whom it should belong, at a moment in which nothing of it runs."""
         try:
-            await self._wait_quiet(partition, QUIET_S)
-            if partition.open:
+            await self._give_when_quiet(partition, QUIET_S)
+            if partition.mine:
                 partition.holding = True
-                await self._wait_quiet(partition, HOLD_S)
-            names = tuple(name for name in self.alive if name != self._me or not self._leaving)
-            to = self.owner_of(partition.number, names) if names else ""
-            if partition.mine and to != self._me:
-                await self._give(partition, to)
+                await self._give_when_quiet(partition, HOLD_S)
+            if partition.mine:
+                await self._give(partition)
         except BackendError:
             self._settled = False
         finally:
             partition.holding = False
             partition.giving = None
 
-    async def _give(self, partition: Partition, to: str) -> None:
+    def _give(self, partition: Partition) -> asyncio.Future[Any]:
+        """Let go of *partition* now, and say so. What of it still runs is begun anew by whom it is given to."""
+        names = tuple(name for name in self.alive if name != self._me or not self._leaving)
+        to = self.owner_of(partition.number, names) if names else ""
+        given: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if to == self._me:  # whoever it was for has gone meanwhile
+            given.set_result(0)
+            return given
         epoch = partition.epoch
         self._partitions.lose(partition)
         self.hand_overs += 1
-        await self._calls.script("give", partition.slot, (partition.own,), partition.base, self._me, epoch, to)
+        return self._calls.script("give", partition.slot, (partition.own,), partition.base, self._me, epoch, to)
 
-    async def _wait_quiet(self, partition: Partition, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        wait_s = 0.0
-        while partition.open and partition.mine and time.monotonic() < deadline:
-            await asyncio.sleep(wait_s)
-            wait_s = min(0.02, wait_s + 0.001)
+    async def _give_when_quiet(self, partition: Partition, seconds: float) -> None:
+        """Give it the moment nothing of it runs: not a tick later, for the next message may be there by then."""
+        given: asyncio.Future[Any] | None = None
+        quiet = asyncio.Event()
+
+        def give() -> None:
+            nonlocal given
+            partition.on_quiet = None
+            if partition.mine:
+                given = self._give(partition)
+            quiet.set()
+
+        if partition.open:
+            partition.on_quiet = give
+            try:
+                async with asyncio.timeout(seconds):
+                    await quiet.wait()
+            except TimeoutError:
+                pass
+            finally:
+                partition.on_quiet = None
+        else:
+            give()
+        if given is not None:
+            await given
 
     async def _sweep(self) -> None:
         every = self._partitions.all
@@ -298,13 +323,12 @@ class Members:
     async def leave(self, timeout_s: float) -> None:
         """Hand everything over, and be no more. What is open then begins anew elsewhere."""
         self._leaving = True
-        names = tuple(name for name in self.alive if name != self._me)
 
         async def give(partition: Partition) -> None:
             partition.holding = True
-            await self._wait_quiet(partition, timeout_s)
+            await self._give_when_quiet(partition, timeout_s)
             if partition.mine:
-                await self._give(partition, self.owner_of(partition.number, names) if names else "")
+                await self._give(partition)
 
         given = await asyncio.gather(
             *(give(partition) for partition in self._partitions.all if partition.mine), return_exceptions=True

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from redis.asyncio.connection import Connection
-from redis.exceptions import RedisError
+from redis.exceptions import MovedError, RedisError
 
 from ..logs import get_log
 from .redis_wire import own_task
@@ -30,7 +30,11 @@ CHANNELS = 512
 
 
 class News:
-    """The channels of one server. *hear* gets each message; *on_open* runs once all channels are confirmed again."""
+    """The channels of one server. *hear* gets each message; *on_open* runs once all channels are confirmed again.
+
+    A server of a Cluster has *slot_of*, which gives the slot of a channel, and *moved*, which is told of a channel
+    that is not heard here any more, for its slot is another server's.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class News:
         on_close: Callable[[], None],
         confirmed: Callable[[str], None],
         slot_of: Callable[[str], int] | None = None,
+        moved: Callable[[str], None] | None = None,
     ) -> None:
         self._open = open
         self._hear = hear
@@ -48,25 +53,34 @@ class News:
         self._on_close = on_close
         self._confirmed = confirmed
         self._slot_of = slot_of
+        self._moved = moved
         self.wanted: dict[str, bool] = {}
         """The channels, and whether each is confirmed."""
 
-        self._unconfirmed = 0
+        self._awaited: set[str] = set()
+        """Those that a new connection asked for first and that are not confirmed yet."""
+
         self._changes: dict[str, bool] = {}
         self._writing: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._heard_at = 0.0
         self._opened = False
+        self._closed = False
         self._wake = asyncio.Event()
 
     def start(self) -> None:
         if self._task is None:
             self._task = own_task(self._run())
 
+    @property
+    def opened(self) -> bool:
+        """All channels have been confirmed since the connection was made."""
+        return self._opened
+
     async def wait_open(self) -> None:
-        """Wait until all channels are confirmed."""
-        while not self._opened:
+        """Wait until all channels are confirmed, or none ever will be."""
+        while not self._opened and not self._closed:
             self._wake.clear()
             await self._wake.wait()
 
@@ -81,6 +95,12 @@ class News:
     def unsubscribe(self, channel: str) -> None:
         if self.wanted.pop(channel, None) is not None:
             self._change(channel, False)
+
+    def forget(self, channel: str) -> None:
+        """Like `unsubscribe`, where the server is not to be told: the channel's slot is another's by now."""
+        self.wanted.pop(channel, None)
+        self._changes.pop(channel, None)
+        self._confirm(channel)
 
     def _change(self, channel: str, on: bool) -> None:
         if self._connection is None:
@@ -104,7 +124,7 @@ class News:
 
     async def _send(self, connection: Connection, command: str, channels: list[str]) -> None:
         commands = [(command, *group) for group in self._groups(channels)]
-        if commands:
+        if commands and connection.is_connected:  # else the library would connect once more, and nobody would read it
             await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
 
     def _groups(self, channels: list[str]) -> Iterable[list[str]]:
@@ -130,6 +150,7 @@ class News:
             finally:
                 connection, self._connection = self._connection, None
                 self._changes.clear()
+                self._awaited.clear()
                 for channel in self.wanted:
                     self.wanted[channel] = False
                 if self._opened:
@@ -144,15 +165,19 @@ class News:
             wait_s = min(0.3, wait_s * 2)
 
     async def _listen(self, connection: Connection) -> None:
-        self._unconfirmed = len(self.wanted)
+        self._awaited = set(self.wanted)
         await self._send(connection, "SSUBSCRIBE", list(self.wanted))
         self._heard_at = time.monotonic()
         watching = own_task(self._watch(connection))
         try:
-            if not self._unconfirmed:
+            if not self._awaited:
                 self._now_open()
             while True:
-                answer = await connection.read_response(timeout=math.inf)
+                try:
+                    answer = await connection.read_response(timeout=math.inf)
+                except MovedError as exc:  # to a subscription that came too late
+                    self._slot_moved(exc.slot_id)
+                    continue
                 self._heard_at = time.monotonic()
                 if isinstance(answer, list):
                     self._take(answer)
@@ -168,12 +193,28 @@ class News:
             if self.wanted.get(channel) is False:
                 self.wanted[channel] = True
                 self._confirmed(channel)
-            if not self._opened:
-                self._unconfirmed -= 1
-                if self._unconfirmed <= 0:
-                    self._now_open()
+            self._confirm(channel)
         elif kind == b"sunsubscribe" and self.wanted.get(answer[1].decode()):
-            raise OSError("the channel's slot moved to another server")
+            self._let_go(answer[1].decode())
+
+    def _slot_moved(self, slot: int) -> None:
+        if self._slot_of is None:
+            raise OSError("the server is one of a Cluster; write redis+cluster://")
+        for channel in [channel for channel in self.wanted if self._slot_of(channel) == slot]:
+            self._let_go(channel)
+
+    def _let_go(self, channel: str) -> None:
+        """The server says that it is not the one for *channel*."""
+        if self._moved is None:
+            raise OSError("the server ended a subscription")
+        self.forget(channel)
+        self._moved(channel)
+
+    def _confirm(self, channel: str) -> None:
+        if channel in self._awaited:
+            self._awaited.remove(channel)
+            if not self._awaited and not self._opened:
+                self._now_open()
 
     def _now_open(self) -> None:
         self._opened = True
@@ -194,7 +235,15 @@ class News:
         except (RedisError, OSError):
             pass
 
+    async def drop(self) -> None:
+        """Give the connection up; the next one is made at once, perhaps to another server."""
+        connection = self._connection
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
     async def aclose(self) -> None:
+        self._closed = True
+        self._wake.set()
         for task in (self._task, self._writing):
             if task is not None:
                 task.cancel()

@@ -117,8 +117,8 @@ class Partition:
     """One partition, as this worker knows it."""
 
     __slots__ = (
-        "base", "done", "epoch", "giving", "held", "holding", "keys", "loading", "next", "number", "open", "own",
-        "records", "slot", "waiting_record",
+        "base", "done", "epoch", "followed", "giving", "held", "holding", "keys", "loading", "next", "number",
+        "on_quiet", "open", "own", "records", "slot", "waiting_record",
     )  # fmt: skip
 
     def __init__(self, prefix: str, number: int) -> None:
@@ -136,12 +136,18 @@ class Partition:
         """It is being handed over: nothing new is begun."""
 
         self.giving: asyncio.Task[None] | None = None
+        self.on_quiet: Callable[[], None] | None = None
+        """Called the moment nothing of it runs."""
+
         self.next = 1
         """The number of the message to begin next: this worker's own watermark."""
 
         self.held: dict[int, Callable[[bool], None]] = {}
         self.open: dict[int, Fence] = {}
         self.done: set[int] | None = None
+        self.followed: dict[str, int] = {}
+        """Conversations that somebody listens to here, and how many."""
+
         self.records: dict[str, ConversationRecord] = {}
         self.waiting_record: dict[str, list[Callable[[ConversationRecord], None]]] = {}
         self.keys = {name: self.base + name for name in ("in", "seen", "dlv", "tries", "dead")}
@@ -449,6 +455,8 @@ class Partitions:
         partition = fence.partition
         if partition.open.get(fence.n) is fence:
             del partition.open[fence.n]
+            if partition.on_quiet is not None and not partition.open:
+                partition.on_quiet()
         if partition.done is not None:
             partition.done.add(fence.n)
 

@@ -6,14 +6,18 @@ import asyncio
 from typing import Any, Protocol
 
 from redis.asyncio.connection import Connection
-from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import ReadOnlyError, RedisError
 
 from .redis_news import News
+from .redis_sentinel import Sentinels
 from .redis_url import RedisUrl
-from .redis_wire import CONNECT_S, Command, Lane, Scripts, connect
+from .redis_wire import CONNECT_S, Command, Lane, Scripts, connect, own_task
 
 __all__ = ["Hears", "OneServer", "Servers"]
+
+LOOK_S = 0.25
+"""How often the sentinels are asked whether the master is still the one that is connected to. One that was replaced
+and does not know it yet takes writes that are lost: Redis 7.0 lets it for up to 8 s after `SENTINEL FAILOVER`."""
 
 
 class Hears(Protocol):
@@ -57,14 +61,11 @@ class OneServer:
     def __init__(self, url: RedisUrl, scripts: Scripts, hears: Hears) -> None:
         self._url = url
         self._scripts = scripts
-        self._sentinel: Sentinel | None = None
-        if url.kind == "sentinel":
-            self._sentinel = Sentinel(  # type: ignore[no-untyped-call]
-                list(url.hosts),
-                socket_timeout=CONNECT_S,
-                socket_connect_timeout=CONNECT_S,
-                **({"ssl": True, "ssl_ca_certs": url.ca} if url.tls else {}),
-            )
+        self._sentinels = Sentinels(url, scripts) if url.kind == "sentinel" else None
+        self._master: tuple[str, int] | None = None
+        """Who that is, by the sentinels' last word."""
+
+        self._looking: asyncio.Task[None] | None = None
         self._main = Lane(self._connect, name=url.text, scripts=scripts, replicas=url.replicas, on_batch=hears.on_batch)
         self._aside = Lane(self._connect, name=url.text, scripts=scripts)
         self._news = News(
@@ -76,31 +77,48 @@ class OneServer:
         )
 
     async def _connect(self, scripts: bool = True) -> Connection:
-        host, port = await self._address()
-        connection = await connect(self._url, host, port, scripts=self._scripts if scripts else None)
-        if self._sentinel is not None:
-            await self._refuse_replica(connection)
+        wanted = self._scripts if scripts else None
+        if self._sentinels is None:
+            return await connect(self._url, *self._url.hosts[0], scripts=wanted)
+        if self._looking is None:
+            self._looking = own_task(self._look(self._sentinels))
+        master = await self._sentinels.find_master()
+        await self._turn_to(master)
+        connection = await connect(self._url, *master, scripts=wanted)
+        await self._refuse_replica(connection)
+        if master != self._master:
+            await connection.disconnect(nowait=True)
+            raise ReadOnlyError("the master was replaced while it was connected to")
         return connection
 
-    async def _address(self) -> tuple[str, int]:
-        if self._sentinel is None:
-            return self._url.hosts[0]
-        async with asyncio.timeout(CONNECT_S):
-            host, port = await self._sentinel.discover_master(self._url.service)
-        return str(host), int(port)
+    async def _turn_to(self, master: tuple[str, int]) -> None:
+        """*master* is the one now: let go of another, which may not know it yet, or stand still."""
+        if master != self._master:
+            self._master = master
+            await self._main.drop()
+            await self._news.drop()
+            await self._aside.drop()
 
     async def _refuse_replica(self, connection: Connection) -> None:
-        """Sentinel may name a master that is one no longer."""
+        """Sentinel may name a master that is one no longer, or not yet."""
         try:
             async with asyncio.timeout(CONNECT_S):
                 await connection.send_command("ROLE", check_health=False)
                 role = await connection.read_response()
-        except (RedisError, OSError, TimeoutError):
+        except BaseException:
             await connection.disconnect(nowait=True)
             raise
         if not isinstance(role, list) or role[0] != b"master":
             await connection.disconnect(nowait=True)
             raise ReadOnlyError("the server that Sentinel names is no master yet")
+
+    async def _look(self, sentinels: Sentinels) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                await self._turn_to(await sentinels.find_master())
+            except RedisError:
+                pass  # whoever serves is not left for nobody
 
     def send(self, command: Command, *, aside: bool = False) -> None:
         (self._aside if aside else self._main).send(command)
@@ -126,8 +144,11 @@ class OneServer:
         return self._main.down
 
     async def aclose(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
         await self._main.aclose()
         await self._news.aclose()
         await self._aside.aclose()
-        if self._sentinel is not None:
-            await self._sentinel.aclose()
+        if self._sentinels is not None:
+            await self._sentinels.aclose()

@@ -155,9 +155,9 @@ class Lane:
     `send` never waits. What is asked for while a batch is under way goes into the next, in order. A command whose
     answer did not come fails with `BackendUnavailable`: it may have been carried out.
 
-    With *misplaced*, for a server of a Cluster, the commands of one slot in a batch are carried out together or not at
-    all: else one whose keys are being moved would be refused, and a later one overtake it. Those that were refused are
-    handed to *misplaced* in their order, before anything else is sent.
+    For a server of a Cluster, commands that it refuses are handed to *misplaced* in their order, before anything else
+    is sent. With *together* the commands of one slot in a batch are carried out all or none: else one whose keys are
+    being moved would be refused, and a later one overtake it.
     """
 
     def __init__(
@@ -169,6 +169,7 @@ class Lane:
         replicas: int = 0,
         on_batch: Callable[[int, float], None] | None = None,
         misplaced: Callable[[list[tuple[Command, Exception]]], None] | None = None,
+        together: bool = False,
     ) -> None:
         self._open = open
         self._name = name
@@ -176,6 +177,7 @@ class Lane:
         self._replicas = replicas
         self._on_batch = on_batch
         self._misplaced = misplaced
+        self._together = together
         self._loop = asyncio.get_running_loop()
         self.queue: list[Command] = []
         self.flying: list[Command] = []
@@ -262,7 +264,7 @@ class Lane:
         started = time.perf_counter()
         results: list[Any] = []
         confirmed = self._replicas
-        groups = [[command] for command in batch] if self._misplaced is None else _by_slot(batch)
+        groups = [[command] for command in batch] if not self._together else _by_slot(batch)
         batch = [command for group in groups for command in group]
         sent = False
         try:
@@ -283,9 +285,9 @@ class Lane:
             return
         except (RedisError, OSError, TimeoutError) as exc:
             await self.drop()
-            failure = BackendUnavailable(self._name, explain(exc), unsure=True)
-            self._settle(batch[: len(results)], results, confirmed if not self._replicas else 0)
-            self._fail(batch[len(results) :], failure)
+            again = self._settle(batch[: len(results)], results, confirmed if not self._replicas else 0)
+            self._fail(again, BackendUnavailable(self._name, explain(exc)))
+            self._fail(batch[len(results) :], BackendUnavailable(self._name, explain(exc), unsure=True))
             return
         except asyncio.CancelledError:
             self._fail(batch, BackendUnavailable(self._name, self._ending, unsure=sent))

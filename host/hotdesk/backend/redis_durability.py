@@ -1,0 +1,59 @@
+"""How durable a Redis is, by its own settings."""
+
+from __future__ import annotations
+
+from ..errors import BackendError, BackendUnavailable
+from .redis_servers import Servers
+
+__all__ = ["look_at_servers"]
+
+FLOOR = (7, 0)
+
+
+async def look_at_servers(url: str, servers: Servers, replicas: int) -> tuple[str, tuple[str, ...]]:
+    """What `accepted` means there, and what about it is unsafe. Raises `BackendError` where a server is too old."""
+    said: set[str] = set()
+    warnings: list[str] = []
+    for info in await servers.each("INFO", "server"):
+        version = _info(info).get("redis_version", "0")
+        if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
+            raise BackendError(f"backend {url}: it is Redis {version}; hotdesk needs 7.0 or newer, or Valkey")
+    for option, judge in (("append*", _judge_append), ("maxmemory-policy", _judge_eviction)):
+        try:
+            for rows in await servers.each("CONFIG", "GET", option):
+                values = {key.decode(): value.decode() for key, value in zip(rows[::2], rows[1::2], strict=True)}
+                judge(values, said, warnings)
+        except BackendUnavailable:
+            raise
+        except BackendError:
+            warnings.append(f"CONFIG GET {option} is not allowed here: nobody can say how durable this Redis is")
+    durability = "redis " + ("; ".join(sorted(said)) or "of unknown durability")
+    if replicas:
+        durability += f"; confirmed by {replicas} replicas"
+    return durability, tuple(dict.fromkeys(warnings))
+
+
+def _info(text: bytes) -> dict[str, str]:
+    pairs = (line.partition(":") for line in text.decode().splitlines() if ":" in line)
+    return {name: value for name, _, value in pairs}
+
+
+def _judge_append(values: dict[str, str], said: set[str], warnings: list[str]) -> None:
+    if values.get("appendonly") != "yes":
+        said.add("without append-only file: accepted is in memory only")
+        warnings.append("appendonly is no: what was accepted is lost when Redis ends; set appendonly yes")
+        return
+    fsync = values.get("appendfsync", "?")
+    if fsync == "always":
+        said.add("appendfsync always: accepted is on disk")
+        return
+    said.add(f"appendfsync {fsync}: accepted is on disk {'within a second' if fsync == 'everysec' else 'some time'}")
+    warnings.append(
+        f"appendfsync is {fsync}: a crash of the machine loses what was accepted last; set appendfsync always"
+    )
+
+
+def _judge_eviction(values: dict[str, str], said: set[str], warnings: list[str]) -> None:
+    policy = values.get("maxmemory-policy", "noeviction")
+    if policy != "noeviction":
+        warnings.append(f"maxmemory-policy is {policy}: Redis may drop what was accepted; set it to noeviction")

@@ -1,0 +1,152 @@
+"""What is read of the journal in Redis, by any worker, whoever owns the conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+from redis.crc import key_slot
+
+from hotdesk_sdk import Message
+
+from ..errors import BackendUnavailable
+from . import ConversationRecord, DeadLetter, Entry, Outcome, StoredReply
+from .redis_partitions import FIELDS, Calls, Partitions, decode_entry, read_record
+
+__all__ = ["Reading"]
+
+OUTCOME_PAGE = 200
+
+_dead_letter = msgspec.json.Decoder(DeadLetter).decode
+
+
+class Reading:
+    """The reading half of `RedisBackend`, and plugins' keys."""
+
+    url: str
+    partitions: Partitions
+    _calls: Calls
+    _prefix: str
+
+    async def read(self, conversation: str, after: int, limit: int) -> list[Entry] | None:
+        partition = self.partitions.of(conversation)
+        rows = self._calls.command(
+            partition.slot, "LRANGE", partition.journal_key(conversation), after, min(after + limit, 2**62) - 1
+        )
+        known = None
+        if after:
+            known = self._calls.command(partition.slot, "EXISTS", partition.journal_key(conversation))
+        entries = self._entries(await rows, after + 1)
+        if not entries and not (known is not None and await known):
+            return None
+        if known is not None:
+            await known
+        return entries
+
+    def _entries(self, rows: list[bytes], first: int) -> list[Entry]:
+        entries = []
+        for seq, row in enumerate(rows, first):
+            try:
+                entry: Entry = decode_entry(row)
+            except msgspec.DecodeError as exc:
+                raise BackendUnavailable(self.url, f"an entry is damaged ({exc}); restore a backup") from exc
+            if entry.seq != seq:
+                msgspec.structs.force_setattr(entry, "seq", seq)
+            entries.append(entry)
+        return entries
+
+    async def history(self, conversation: str, before: int, limit: int) -> list[Entry]:
+        partition = self.partitions.of(conversation)
+        first, rows = await self._calls.script(
+            "tail", partition.slot, (partition.journal_key(conversation),), before, limit, aside=True
+        )
+        return self._entries(rows, first)
+
+    async def outcome(self, conversation: str, seq: int, message_id: str) -> Outcome:
+        partition = self.partitions.of(conversation)
+        open_turn = await self._calls.command(
+            partition.slot, "HEXISTS", partition.conversation_key(conversation), f"o{seq}"
+        )
+        if open_turn:
+            return Outcome(False, ())
+        replies: list[StoredReply] = []
+        after = seq
+        while not replies:
+            page = await self.read(conversation, after, OUTCOME_PAGE) or []
+            replies = [entry for entry in page if isinstance(entry, StoredReply) and entry.to == message_id]
+            if len(page) < OUTCOME_PAGE:
+                break
+            after = page[-1].seq
+        return Outcome(True, tuple(replies))
+
+    async def record(self, conversation: str) -> ConversationRecord | None:
+        partition = self.partitions.of(conversation)
+        if partition.mine and (known := partition.records.get(conversation)) is not None:
+            return known
+        row = await self._calls.command(partition.slot, "HMGET", partition.conversation_key(conversation), *FIELDS)
+        return None if row[0] is None else read_record(conversation, row)
+
+    async def unfinished(self) -> list[tuple[Message, ConversationRecord]]:
+        found: list[tuple[Message, ConversationRecord]] = []
+        pages = [
+            self._calls.command(partition.slot, "XRANGE", partition.keys["in"], "-", "+")
+            for partition in self.partitions.all
+        ]
+        for page in await asyncio.gather(*pages):
+            for _, flat in page:
+                fields = dict(zip(flat[::2], flat[1::2], strict=True))
+                message = decode_entry(fields[b"b"])
+                assert isinstance(message, Message)
+                msgspec.structs.force_setattr(message, "seq", int(fields[b"s"]))
+                record = await self.record(message.conversation)
+                found.append((message, record or ConversationRecord(message.conversation)))
+        return found
+
+    async def undelivered(self) -> list[tuple[StoredReply, ConversationRecord]]:
+        found: list[tuple[StoredReply, ConversationRecord]] = []
+        pages = [
+            self._calls.command(partition.slot, "HGETALL", partition.keys["dlv"]) for partition in self.partitions.all
+        ]
+        for page in await asyncio.gather(*pages):
+            for field, body in zip(page[::2], page[1::2], strict=True):
+                reply = decode_entry(body)
+                assert isinstance(reply, StoredReply)
+                msgspec.structs.force_setattr(reply, "seq", int(field.partition(b" ")[0]))
+                record = await self.record(reply.conversation)
+                found.append((reply, record or ConversationRecord(reply.conversation)))
+        return sorted(found, key=lambda one: (one[0].conversation, one[0].seq))
+
+    async def ping(self) -> None:
+        key = f"{self._prefix}{{ctl}}:meta"
+        await self._calls.command(key_slot(key.encode()), "HSET", key, "ping", time.time_ns(), aside=False)
+
+    # -- plugins' keys ---------------------------------------------------------------------------------------
+
+    def _kv(self, plugin: str) -> tuple[str, int]:
+        key = f"{self._prefix}{{kv:{plugin.replace('}', '')}}}:kv:{plugin}"
+        return key, key_slot(key.encode())
+
+    async def kv_get(self, plugin: str, key: str) -> bytes | None:
+        name, slot = self._kv(plugin)
+        value: bytes | None = await self._calls.command(slot, "HGET", name, key)
+        return value
+
+    async def kv_set(self, plugin: str, key: str, value: bytes | None) -> None:
+        name, slot = self._kv(plugin)
+        if value is None:
+            await self._calls.command(slot, "HDEL", name, key, aside=False)
+        else:
+            await self._calls.command(slot, "HSET", name, key, value, aside=False)
+
+    async def kv_keys(self, plugin: str, prefix: str) -> list[str]:
+        name, slot = self._kv(plugin)
+        keys = [key.decode() for key in await self._calls.command(slot, "HKEYS", name)]
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        pages = [
+            self._calls.command(partition.slot, "HVALS", partition.keys["dead"]) for partition in self.partitions.all
+        ]
+        found = [_dead_letter(row) for page in await asyncio.gather(*pages) for row in page]
+        return sorted(found, key=lambda letter: (letter.at, letter.conversation, letter.seq))
