@@ -122,8 +122,13 @@ class DeadLetter(msgspec.Struct, frozen=True):
 class Listener(Protocol):
     """Who runs turns here and tells readers: the chat room. Each is called from the loop, and does not wait."""
 
-    def run(self, message: Message, record: ConversationRecord, *, attempt: int, opened: bool, fence: Any) -> None:
-        """Begin the turn of a message that came in elsewhere, or before this worker's time (*attempt* 2 and more)."""
+    def run(
+        self, message: Message, record: ConversationRecord, *, attempt: int, opened: bool, fence: Any, own: bool = False
+    ) -> None:
+        """Begin the turn of a message that came in elsewhere, or before this worker's time (*attempt* 2 and more).
+
+        *own*: it was appended by this worker, which may not have been told so yet.
+        """
 
     def redeliver(self, reply: StoredReply, record: ConversationRecord) -> None:
         """Hand out a reply whose channel has not confirmed it."""

@@ -293,14 +293,14 @@ class RedisBackend(Hearing):
             if not future.done():
                 future.set_exception(StaleOwner(self.url, end.conversation))
             return
-        self.partitions.ended(fence)
-        if result[0] == 0:
-            if fence.unsure and end.replies:
-                self.partitions.spawn(self._find_out(future, end, fence))
-            elif not future.done():
-                future.set_result(None)
+        if result[0] == 1:
+            self._kept(future, end, fence, result[1])
+        elif fence.unsure and end.replies:
+            self.partitions.spawn(self._find_out(future, end, fence))
             return
-        self._kept(future, end, fence, result[1])
+        elif not future.done():
+            future.set_result(None)
+        self.partitions.ended(fence)
 
     def _kept(
         self, future: asyncio.Future[tuple[StoredReply, ...] | None], end: TurnEnd, fence: Fence, first: int
@@ -329,6 +329,7 @@ class RedisBackend(Hearing):
             self._kept(future, end, fence, outcome.replies[0].seq)
         elif not future.done():
             future.set_result(None)
+        self.partitions.ended(fence)
 
     def post(self, reply: StoredReply, *, deliver: bool) -> asyncio.Future[StoredReply | None]:
         partition = self.partitions.of(reply.conversation)

@@ -10,6 +10,7 @@ order, by its own count: a gap is looked up in the stream, which holds just the 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -276,7 +277,8 @@ class Partitions:
                 partition, n, tag, conversation=conversation, seq=message.seq, origin=origin, chunks=chunks, tries=tries
             )
             partition.open[n] = fence
-            self.listener.run(message, record, attempt=tries + 1, opened=opened, fence=fence)
+            own = origin == self._me
+            self.listener.run(message, record, attempt=tries + 1, opened=opened, fence=fence, own=own)
 
         self.with_record(partition, conversation, None, use)
 
@@ -389,12 +391,16 @@ class Partitions:
         try:
             after = 0
             while True:
+                begun = partition.next - 1
                 owner, has, last, page, _, tried = await self._look(partition, after)
                 if partition.epoch != epoch:
                     return
                 if (owner, has) != (self._me, epoch):
                     self.lose(partition)
                     return
+                if last < begun:
+                    get_log().error("partition_went_back", partition=partition.number, to=last, was=begun)
+                    partition.next = last + 1
                 self._catch_up(partition, page, tried, last, done)
                 if len(page) < PAGE:
                     return
@@ -406,9 +412,6 @@ class Partitions:
 
     def _catch_up(self, partition: Partition, page: list[Any], tried: list[bytes], last: int, done: set[int]) -> None:
         tries = dict(zip(tried[::2], tried[1::2], strict=True))
-        if last < partition.next - 1:
-            get_log().error("partition_went_back", partition=partition.number, to=last, was=partition.next - 1)
-            partition.next = last + 1
         for entry in page:
             n = int(entry[0].partition(b"-")[0])
             fence = partition.open.get(n)
@@ -451,14 +454,18 @@ class Partitions:
             begin(False)
 
     def ended(self, fence: Fence) -> None:
-        """A turn's end is in Redis."""
+        """A turn's end is in Redis, and was told to who waits for it."""
         partition = fence.partition
         if partition.open.get(fence.n) is fence:
             del partition.open[fence.n]
-            if partition.on_quiet is not None and not partition.open:
-                partition.on_quiet()
+            if partition.on_quiet is not None and not partition.open:  # once who waits for that end has dealt with it
+                self._loop.call_soon(self._look_if_quiet, partition, context=contextvars.Context())
         if partition.done is not None:
             partition.done.add(fence.n)
+
+    def _look_if_quiet(self, partition: Partition) -> None:
+        if partition.on_quiet is not None and not partition.open:
+            partition.on_quiet()
 
     async def aclose(self) -> None:
         for task in tuple(self._tasks):

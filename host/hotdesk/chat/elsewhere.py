@@ -125,6 +125,8 @@ class Elsewhere:
         except BackendError:
             return
         if outcome.ended and self._followed.get(key) is turn:
+            if key not in self._repeats:
+                self._log.info("turn_end_looked_up", conversation=key[0], message=key[1])
             self._resolve(key, Ended(outcome.replies))
 
     def _forget(self, key: Key) -> TurnRun | None:
@@ -155,7 +157,9 @@ class Elsewhere:
 
     # -- what the backend says: see `backend.Listener` -------------------------------------------------------
 
-    def run(self, message: Message, record: ConversationRecord, *, attempt: int, opened: bool, fence: Any) -> None:
+    def run(
+        self, message: Message, record: ConversationRecord, *, attempt: int, opened: bool, fence: Any, own: bool = False
+    ) -> None:
         key = message.conversation, message.id
         if self._turns.find(*key) is not None:
             return
@@ -163,6 +167,8 @@ class Elsewhere:
         turn = self._turns.begin(message, record, attempt=attempt, fence=fence)
         if waiting is not None:
             turn.take_audience(waiting)
+        elif own:
+            turn.wait_ended().add_done_callback(lambda ended: self._remember(key, ended))
         if attempt > 1:
             return
         self._recent.note(message)
@@ -213,9 +219,17 @@ class Elsewhere:
         if key in self._followed:
             self._resolve(key, ended)
         elif direct:
-            self._early[key] = ended
-            if len(self._early) > EARLY:
-                self._early.popitem(last=False)
+            self._keep_early(key, ended)
+
+    def _remember(self, key: Key, ended: asyncio.Future[Ended | None]) -> None:
+        """A turn that began here by a detour ended, maybe before the word that its message was kept."""
+        if not ended.cancelled() and (result := ended.result()) is not None:
+            self._keep_early(key, result)
+
+    def _keep_early(self, key: Key, ended: Ended) -> None:
+        self._early[key] = ended
+        if len(self._early) > EARLY:
+            self._early.popitem(last=False)
 
     def hear_chunks(self, conversation: str, to: str, index: int, texts: list[str], direct: bool) -> None:
         events = [Event.chunk(to, number, text) for number, text in enumerate(texts, index)]
