@@ -117,8 +117,7 @@ class _End(asyncio.Protocol):
         self._full = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = transport  # type: ignore[assignment]  # uvloop's are no asyncio.Transport
         self._link.ends.add(self)
         self.read_or_wait()
         if self.other is not None:
@@ -145,7 +144,7 @@ class _End(asyncio.Protocol):
 
     def read_or_wait(self) -> None:
         """Read unless there is no way on; then the sender is held up by its own system, as it would be."""
-        if self.transport is None:
+        if self.transport is None or self.transport.is_closing():
             return
         if self._link.stalled or (self.other is not None and self.other._full):
             self.transport.pause_reading()

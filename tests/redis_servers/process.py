@@ -26,8 +26,9 @@ STOP_S = 20.0
 
 TRIES = 4
 LOOK_AGAIN_S = 0.004
-LOOK_S = 0.2
-"""For one look whether a server is ready; who has taken its port may never answer."""
+LOOK_S = 0.05
+"""For the first look whether a server is ready, doubled for each one that was too short on a busy machine; who has
+taken the port may never answer."""
 
 
 class StartFailed(RuntimeError):
@@ -188,16 +189,22 @@ class ServerProcess(ABC):
 
     async def _launch(self, program: Path) -> None:
         self._spawn([str(program), str(self.folder / "server.conf"), *self.arguments()])
+        look_s = LOOK_S
 
         async def answers() -> str | None:
             if not self.running:
                 taken = "address already in use" in self.log_tail().lower()
                 raise (PortTaken if taken else StartFailed)(f"{self} did not start; its log ends:\n{self.log_tail()}")
-            async with asyncio.timeout(LOOK_S), await self.open() as connection:
-                told = await connection.command("INFO", "server")
-                if f"process_id:{self.pid}\r\n" not in told:  # it is not ours that listens there
-                    return "somebody else answers"
-                await connection.command("PING")
+            nonlocal look_s
+            try:
+                async with asyncio.timeout(look_s), await self.open() as connection:
+                    told = await connection.command("INFO", "server")
+                    if f"process_id:{self.pid}\r\n" not in told:  # it is not ours that listens there
+                        return "somebody else answers"
+                    await connection.command("PING")
+            except TimeoutError:
+                look_s *= 2
+                raise
             return None
 
         try:

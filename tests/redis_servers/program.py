@@ -29,7 +29,7 @@ PARTS = r"redis-.*|valkey-.*|lua-.*|lib(atomic|hiredis|jemalloc|lua|lzf|ssl|syst
 def find_redis() -> Path:
     """`redis-server` or `valkey-server`, 7.0 or newer, or the program that `HOTDESK_TEST_REDIS` names.
 
-    Where there is none, Debian's package is taken apart in the toolchains' folder (3 s, once a machine): that needs no
+    Where there is none, Debian's package is taken apart in the toolchains' folder (5 s, once a machine): that needs no
     rights, and it starts no system service as an installed package would. Raises `RuntimeError` with what to install.
     """
     if NAMED:

@@ -21,13 +21,18 @@ NAME = "mymaster"
 SENTINELS = 3
 QUORUM = 2
 WAIT_S = 30.0
-ANSWER_S = 1.0
+ANSWER_S = 0.5
 """One that is frozen is asked no longer than this; another one is."""
 
-PACE = ("info-period", 200, "ask-period", 100, "publish-period", 100, "tilt-period", 1000)
+PACE = ("info-period", 200, "ask-period", 100, "publish-period", 500, "ping-period", 250, "tilt-period", 1000)
 """How often sentinels look, in ms. As shipped a failover takes seconds of waiting for the next look, and a pause of the
-machine makes a sentinel do nothing for 30 s (tilt). The ping-period stays: a replica that was not heard of for five of
-it is no candidate, and INFO comes only once a second during a failover, whatever is set here."""
+machine makes a sentinel do nothing for 30 s (tilt). Bounds that were found by crossing them, since one is always a
+multiple of another: a replica that was not heard of for five ping-periods is no candidate, and is asked only once a
+second while its master is down; a server that was promoted is made a replica again after four publish-periods by those
+who have not heard of it, which takes a second; and who is pinged no more often than `down-after` is thought dead."""
+
+SOONEST_MS = 500
+"""For `down-after`: a ping-period, and a look each 100 ms with as much to spare."""
 
 
 class Sentinel(ServerProcess):
@@ -79,7 +84,11 @@ class SentinelSet:
         folder: Path | None = None,
         **directives: Directive,
     ) -> None:
-        """*directives* go to the servers, not to the sentinels."""
+        """*directives* go to the servers, not to the sentinels. *down_after_ms* is 500 at least."""
+        if down_after_ms < SOONEST_MS:
+            raise ValueError(
+                f"down_after_ms={down_after_ms}: sentinels would take the living for dead; {SOONEST_MS} works"
+            )
         self.servers: list[RedisServer] = []
         self.sentinels: list[Sentinel] = []
         self._address = address

@@ -454,18 +454,20 @@ class Partitions:
             begin(False)
 
     def ended(self, fence: Fence) -> None:
-        """A turn's end is in Redis, and was told to who waits for it."""
+        """A turn's end is in Redis, and was told to who waits for it.
+
+        It counts as open until that one has dealt with it: a partition that is given away before would take it along.
+        """
+        if fence.partition.done is not None:
+            fence.partition.done.add(fence.n)
+        self._loop.call_soon(self._close, fence, context=contextvars.Context())
+
+    def _close(self, fence: Fence) -> None:
         partition = fence.partition
         if partition.open.get(fence.n) is fence:
             del partition.open[fence.n]
-            if partition.on_quiet is not None and not partition.open:  # once who waits for that end has dealt with it
-                self._loop.call_soon(self._look_if_quiet, partition, context=contextvars.Context())
-        if partition.done is not None:
-            partition.done.add(fence.n)
-
-    def _look_if_quiet(self, partition: Partition) -> None:
-        if partition.on_quiet is not None and not partition.open:
-            partition.on_quiet()
+            if partition.on_quiet is not None and not partition.open:
+                partition.on_quiet()
 
     async def aclose(self) -> None:
         for task in tuple(self._tasks):

@@ -63,6 +63,7 @@ class Elsewhere:
         self._looking: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         outbox.on_listen = backend.follow
+        turns.on_stale = self._hand_back
 
     @property
     def live(self) -> int:
@@ -185,6 +186,15 @@ class Elsewhere:
         self._recent.forget(belongs)
         self._background.forget(belongs)
         for turn in self._turns.drop(belongs):
+            self._follow_dropped(turn)
+
+    def _hand_back(self, turn: TurnRun) -> None:
+        if self._turns.drop_one(turn.message.conversation, turn.id) is not None:
+            self._follow_dropped(turn)
+
+    def _follow_dropped(self, turn: TurnRun) -> None:
+        """Who waits for a turn that is another worker's now goes on waiting; where nobody does, nobody need follow."""
+        if turn.waiters or turn.watchers or turn.waiting:
             self._add(turn.message).take_audience(turn)
 
     def hear_entry(self, entry: Entry, *, owned: bool, deliver: bool) -> None:
@@ -215,7 +225,7 @@ class Elsewhere:
             if error is not None:
                 self._outbox.tell(conversation, Event.error(to, *error))
         if (turn := self._turns.drop_one(conversation, to)) is not None:
-            self._add(turn.message).take_audience(turn)  # this worker ran it too, and was robbed of it
+            self._follow_dropped(turn)  # this worker ran it too, and was robbed of it
         if key in self._followed:
             self._resolve(key, ended)
         elif direct:

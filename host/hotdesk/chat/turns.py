@@ -116,6 +116,8 @@ class Turns:
         self._stop_by = math.inf
         self._outcomes = {name: metrics.turns.labels(name) for name in OUTCOMES}
         outbox.on_change = self.make_room
+        self.on_stale: Callable[[TurnRun], None] = lambda turn: None
+        """Told of a turn that turns out to be another worker's."""
 
     @property
     def live(self) -> int:
@@ -372,8 +374,9 @@ class Turns:
             try:
                 stored = await self._backend.finish(end)
                 break
-            except StaleOwner:
-                turn.dropped = True  # who owns it answers it; the backend said so of all that went with it
+            except StaleOwner:  # who owns it answers it
+                if not turn.dropped:  # it began when the others of its partition were dropped already
+                    self.on_stale(turn)
                 return
             except BackendUnavailable as exc:
                 self._log.error(
