@@ -164,6 +164,21 @@ async def test_who_leaves_cancels_a_turn_of_another_host(start_hosts: StartHosts
     await wait_until(lambda: hosts.a.host.turns.live == 0, "the turn is cancelled")
 
 
+async def test_who_leaves_one_host_cancels_nothing_that_is_heard_at_another(start_hosts: StartHosts) -> None:
+    """With on_leave = "cancel", a turn goes on as long as anybody on any host listens."""
+    hosts = await start_hosts(on_leave="cancel")
+    conversation = hosts.owned_by(hosts.a)
+    async with connect(hosts.b, conversation) as staying:
+        async with connect(hosts.a, conversation) as ws:
+            await ws.send_json({"type": "message", "id": "m", "text": "wait x"})
+            await turn_runs(hosts.a, conversation, "m")
+        async with connect(hosts.a, conversation):
+            pass
+        assert await hosts.a.reply("hello", hosts.owned_by(hosts.a)) == "heard hello"  # time for a cancel to come about
+        await open_gate(hosts.a, "x")
+        assert (await next_frame(staying, "reply"))["text"] == "heard wait x"
+
+
 async def test_a_stop_hands_over_and_nobody_notices(start_hosts: StartHosts, start_desk: Any) -> None:
     """A host that stops gives its conversations away: who waits elsewhere gets the reply, and new ones go on."""
     hosts = await start_hosts(stop_timeout_s=0.3)

@@ -183,6 +183,10 @@ class Backend(Protocol):
         *chunks*: who sent it wants them told directly, wherever the turn runs.
         """
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other worker takes part."""
+
     def owns(self, conversation: str) -> bool:
         """Whether turns of *conversation* run here now."""
 
@@ -191,6 +195,9 @@ class Backend(Protocol):
 
     def tell_chunks(self, fence: Any, conversation: str, to: str, index: int, texts: list[str]) -> None:
         """Tell those who listen on other workers what a turn of this one says. Waits for nobody, fails silently."""
+
+    async def listened_elsewhere(self, conversation: str) -> bool:
+        """Whether another worker has readers of a conversation of this one's."""
 
     async def signal(self, conversation: str, signal: str, message: str) -> bool:
         """Ask the owner of *conversation* for something; what its `hear_signal` said, False if there is none."""

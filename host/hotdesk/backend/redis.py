@@ -288,8 +288,7 @@ class RedisBackend(Hearing):
             self._metrics.refused_writes.inc()
             get_log().warning("stale_owner_refused", partition=partition.number, conversation=end.conversation)
             if partition.epoch == fence.epoch:
-                self.partitions.lose(partition)
-                self.members.wake()
+                self.partitions.rob(partition)
             if not future.done():
                 future.set_exception(StaleOwner(self.url, end.conversation))
             return

@@ -82,6 +82,10 @@ class Hearing(Reading):
     def owns(self, conversation: str) -> bool:
         return self.partitions.of(conversation).mine
 
+    @property
+    def alone(self) -> bool:
+        return len(self.members.alive) < 2
+
     def follow(self, conversation: str, on: bool) -> None:
         partition = self.partitions.of(conversation)
         followed = partition.followed
@@ -153,6 +157,13 @@ class Hearing(Reading):
                 self._metrics.refused_writes.inc()
 
         sending.add_done_callback(told)
+
+    async def listened_elsewhere(self, conversation: str) -> bool:
+        if len(self.members.alive) < 2:
+            return False
+        partition = self.partitions.of(conversation)
+        _, count = await self._calls.command(partition.slot, "PUBSUB", "SHARDNUMSUB", partition.channel(conversation))
+        return bool(count)
 
     async def signal(self, conversation: str, signal: str, message: str) -> bool:
         partition = self.partitions.of(conversation)

@@ -95,6 +95,7 @@ class Members:
         self.alive: dict[str, About] = {}
         """The names of the living, this worker's too, and what is to be known of each."""
 
+        partitions.on_robbed = self._robbed
         self._settled = False
         self._task: asyncio.Task[None] | None = None
         self._leaving = False
@@ -174,8 +175,9 @@ class Members:
         """A worker is known to be dead: its lease ends now."""
         await self._calls.script("beat", self._slot, (self._key,), name, 0, "", aside=True)
 
-    def wake(self) -> None:
-        """Look at once who is alive."""
+    def _robbed(self) -> None:
+        """What this worker has is not what it thought: look at once who is alive, and who should have what."""
+        self._settled = False
         self._wake.set()
 
     # -- partitions ------------------------------------------------------------------------------------------

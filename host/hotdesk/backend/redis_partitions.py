@@ -182,6 +182,9 @@ class Partitions:
         self._warm = max(32, WARM // count)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.listener: Listener
+        self.on_robbed: Callable[[], None] = lambda: None
+        """Told when a partition turns out to be another's, or nobody's."""
+
         self.on_change: Callable[[Partition], None] = lambda partition: None
         """Told when a partition became this worker's, or is so no longer."""
 
@@ -396,7 +399,7 @@ class Partitions:
                 if partition.epoch != epoch:
                     return
                 if (owner, has) != (self._me, epoch):
-                    self.lose(partition)
+                    self.rob(partition)
                     return
                 if last < begun:
                     get_log().error("partition_went_back", partition=partition.number, to=last, was=begun)
@@ -433,6 +436,11 @@ class Partitions:
     def _waits(self, partition: Partition, entry: Any) -> bool:
         """Whether the message waits for its conversation's record already."""
         return decode_entry(_fields(entry)[b"b"]).conversation in partition.waiting_record
+
+    def rob(self, partition: Partition) -> None:
+        """*partition* turns out not to be this worker's."""
+        self.lose(partition)
+        self.on_robbed()
 
     def lose(self, partition: Partition) -> None:
         """Another worker owns *partition*: nothing of it is run here any more."""

@@ -55,6 +55,7 @@ class SqliteBackend:
 
     durability = "sqlite WAL, synchronous=FULL: accepted is on disk"
     warnings: tuple[str, ...] = ()
+    alone = True
 
     def __init__(self, path: str, metrics: Metrics) -> None:
         self.url = f"sqlite:///{path}"
@@ -254,6 +255,9 @@ class SqliteBackend:
 
     def tell_chunks(self, fence: Any, conversation: str, to: str, index: int, texts: list[str]) -> None:
         pass
+
+    async def listened_elsewhere(self, conversation: str) -> bool:
+        return False
 
     async def signal(self, conversation: str, signal: str, message: str) -> bool:
         return False

@@ -166,6 +166,7 @@ class Elsewhere:
             return
         waiting = self._forget(key)
         turn = self._turns.begin(message, record, attempt=attempt, fence=fence)
+        turn.remote = waiting is None and not own
         if waiting is not None:
             turn.take_audience(waiting)
         elif own:
@@ -255,7 +256,7 @@ class Elsewhere:
     def hear_signal(self, conversation: str, signal: str, message: str) -> bool:
         if signal == "cancel":
             return self._turns.cancel(conversation, message)
-        self._turns.leave(conversation, message or None)
+        self._spawn(self._leave_here(conversation, message))
         return True
 
     def resync(self, conversation: str) -> None:
@@ -278,14 +279,28 @@ class Elsewhere:
 
     def leave(self, conversation: str, message: str | None = None) -> None:
         """Somebody who listened here has gone; see `Turns.leave`."""
+        if self._outbox.listened(conversation):
+            return
         if self._backend.owns(conversation):
-            self._turns.leave(conversation, message)
-        elif not self._outbox.listened(conversation):
-            self._spawn(self._signal_leave(conversation, message))
+            if self._backend.alone:
+                self._turns.leave(conversation, message)
+            else:
+                self._spawn(self._leave_here(conversation, message))
+            return
+        for key, turn in self._followed.items():
+            if key[0] == conversation and message in (None, key[1]) and not turn.watchers and not turn.waiting:
+                self._spawn(self._signal_leave(*key))
 
-    async def _signal_leave(self, conversation: str, message: str | None) -> None:
+    async def _leave_here(self, conversation: str, message: str | None) -> None:
         try:
-            await self._backend.signal(conversation, "leave", message or "")
+            if not await self._backend.listened_elsewhere(conversation):
+                self._turns.leave(conversation, message)
+        except BackendError:
+            pass  # the turn goes on; nobody is harmed
+
+    async def _signal_leave(self, conversation: str, message: str) -> None:
+        try:
+            await self._backend.signal(conversation, "leave", message)
         except BackendError:
             pass  # the turn goes on; nobody is harmed
 

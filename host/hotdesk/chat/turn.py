@@ -147,6 +147,7 @@ class TurnRun:
         "pending",
         "record",
         "refused",
+        "remote",
         "rerun",
         "room",
         "roomy",
@@ -179,6 +180,8 @@ class TurnRun:
         self.abandoned = False
         self.dropped = False
         """Another worker runs it now: nothing that comes of it here counts."""
+        self.remote = False
+        """Its message came in at another worker, which says so when nobody waits for it there any more."""
         self.tries = 0
         """How many tries it had, this one included, that may have ended their worker; 0 for most."""
         self.fence: Any = None

@@ -211,7 +211,8 @@ class Turns:
             return  # a stop is no leave: what it does not finish runs at the next start
         lane = self._lanes.get(conversation)
         for turn in (lane.running, *lane.waiting) if lane is not None else ():
-            if message_id in (None, turn.id) and not turn.watchers and not turn.waiting:
+            asked = message_id == turn.id or (message_id is None and not turn.remote)
+            if asked and not turn.watchers and not turn.waiting:
                 self.cancel(conversation, turn.id)
 
     def make_room(self, conversation: str) -> None:
