@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,6 +31,7 @@ from .chat.images import Images
 from .chat.intake import Intake
 from .chat.outbox import Outbox
 from .chat.recent import Recent
+from .chat.spool import Spool
 from .chat.summaries import Summaries
 from .chat.tools import Toolbox
 from .chat.turns import Turns
@@ -45,11 +47,14 @@ from .runtime.events import Events
 from .runtime.generations import Maker
 from .runtime.guards import Guards, host_task
 from .runtime.plugin_metrics import PluginMetrics
+from .runtime.pushed import Pushed
+from .runtime.pushed_files import PushedFiles
 from .runtime.python import PythonLoader
 from .runtime.release import Release
 from .runtime.reload import Plugins
 from .runtime.settings_file import follow_settings
 from .runtime.stalls import StallWatch
+from .runtime.stands import Report
 from .runtime.wasm_loader import WasmLoader
 from .web.access import Access, keep_admin_token
 from .web.admin import Admin
@@ -186,6 +191,7 @@ async def open_host(
             backend=backend, turns=turns, recent=recent, outbox=outbox, background=background, log=log
         )
         stack.push_async_callback(elsewhere.aclose)
+        spool = _make_spool(config, seat, backend, metrics)
         intake = Intake(
             backend=backend,
             images=images,
@@ -196,6 +202,7 @@ async def open_host(
             background=background,
             metrics=metrics,
             max_turns=config.max_turns,
+            spool=spool,
         )
 
         def denied(plugin: str, generation: int, capability: str) -> None:
@@ -227,6 +234,8 @@ async def open_host(
         async def catch_up() -> None:
             await plugins.take_overrides(await recall())
 
+        shelf = backend.shelf
+        pushed_files = PushedFiles(Path(config.data).absolute() / "pushed")
         plugins = Plugins(
             config,
             active=active,
@@ -239,8 +248,12 @@ async def open_host(
             remember=remember,
             number=seat.number if seat is not None else None,
             joining=seat.joining if seat is not None else "",
+            pushed=pushed_files.plugins if shelf is not None else None,
         )
         metrics.watch_gauge("hotdesk_turns_live", "Turns accepted and not ended", lambda: turns.live)
+        metrics.watch_gauge(
+            "hotdesk_spooled", "Messages that wait on this machine's disk", lambda: spool.count if spool else 0
+        )
         metrics.watch_gauge("hotdesk_generations_alive", "Generations not proven gone", lambda: maker.alive)
         metrics.watch_gauge("hotdesk_wasm_stores", "Stores of components that are alive", lambda: wasm.instances)
         stalls = _watch_stalls(config, maker, events, metrics)
@@ -249,10 +262,21 @@ async def open_host(
         gc.collect()
         gc.freeze()  # what lives as long as the host need not be looked at by every collection; plugins come after
         stack.callback(gc.unfreeze)
+        pushed: Pushed | None = None
+        if shelf is not None:
+            about = Report(host=_host_name(sock), pid=os.getpid(), worker=seat.worker if seat is not None else None)
+            pushed = Pushed(shelf, pushed_files, plugins=plugins, events=events, log=log, about=about)
+            await pushed.catch_up()
         await plugins.start(await recall())
+        if pushed is not None:
+            await pushed.start()
+            stack.push_async_callback(pushed.aclose)
         stack.push_async_callback(background.aclose, config.stop_timeout_s)
         stack.push_async_callback(turns.aclose, config.stop_timeout_s)
         resumed = await intake.resume()
+        if spool is not None:
+            stack.push_async_callback(spool.aclose, config.stop_timeout_s)
+            await spool.open()
         wire = Wire(metrics, log)
         runners: list[web.AppRunner] = []
         doors = Doors(
@@ -290,6 +314,7 @@ async def open_host(
                 access=access,
                 metrics=metrics,
                 siblings=siblings,
+                pushed=pushed,
                 facts=lambda: {"connections": sum(map(_connections, runners)), "turns": turns.live},
             ),
             dead_letters=DeadLetters(backend, access),
@@ -302,6 +327,7 @@ async def open_host(
                     "plugins": sum(e.current is not None for e in plugins.entries),
                 },
                 siblings=siblings,
+                spool=spool,
             ),
         )
         if seat is not None:
@@ -372,6 +398,25 @@ async def open_host(
         )
 
 
+def _make_spool(config: Config, seat: Seat | None, backend: Backend, metrics: Metrics) -> Spool | None:
+    """The spool of this worker; also where it is not to take anything, while messages of before wait in one."""
+    folder = Path(config.data) / "spool"
+    if not config.spool and not Spool.is_left(folder):
+        return None
+    spool = Spool(
+        folder,
+        seat.name if seat is not None else "host",
+        taking=config.spool,
+        max_bytes=config.spool_mb * 2**20,
+        backend=backend,
+        metrics=metrics,
+        log=get_log(),
+    )
+    if seat is not None:
+        seat.on_buried.append(lambda name: spool.look())
+    return spool
+
+
 def _watch_stalls(config: Config, maker: Maker, events: Events, metrics: Metrics) -> StallWatch:
     def report(module: str | None, stack: str, seconds: float) -> None:
         plugin = maker.plugin_of(module)
@@ -407,9 +452,10 @@ async def _serve(
 
     async def stop() -> None:
         if departure is not None:
-            await departure.leave(runner, config.stop_timeout_s)
+            await departure.close_port(runner)
             if not departure.hurried:
                 await doors.websockets.send_off(turns.runs_in)
+            await departure.answer_all(runner, config.stop_timeout_s)
         intake.stop()
         await leave()
         doors.conversations.stop()
@@ -423,6 +469,11 @@ async def _serve(
 def _url(config: Config, sock: socket.socket) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{sock.getsockname()[1]}"
+
+
+def _host_name(sock: socket.socket | None) -> str:
+    """What hosts that share a journal tell this one by."""
+    return f"{socket.gethostname()}:{sock.getsockname()[1] if sock is not None else os.getpid()}"
 
 
 def _connections(runner: web.AppRunner) -> int:

@@ -113,6 +113,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     data: str = "data"
     backend: str = ""
     workers: Positive = 1
+    spool: bool = False
+    spool_mb: Positive = 64
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_text: bool = False
@@ -384,6 +386,8 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "workers", config.workers, "start", "the sqlite backend serves from one process; use 1, or a redis backend"
         )
+    if config.spool and not shared:
+        raise ConfigError("spool", config.spool, "start", "it is for redis; what sqlite takes is on disk anyway")
     for name in ("image_hosts", "http_hosts"):
         for host in getattr(config, name):
             if not host or "/" in host or "*" in host or "@" in host or host != host.strip():

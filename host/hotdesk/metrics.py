@@ -102,6 +102,9 @@ class Metrics:
         self.duplicates = Counter(
             "hotdesk_duplicates_total", "Messages whose id had been accepted before", registry=registry
         )
+        self.spooled = Counter(
+            "hotdesk_spooled_total", "Messages put on this machine's disk, for the journal was away", registry=registry
+        )
         self.turns = Counter("hotdesk_turns_total", "Turns that ended", ["outcome"], registry=registry)
         self.reruns = Counter("hotdesk_reruns_total", "Turns run again after a rollback", registry=registry)
         self.errors = Counter("hotdesk_errors_total", "Errors that a door answered", ["code"], registry=registry)

@@ -39,6 +39,15 @@ RUNS = {
     "wasm_cores": "tests.load.wasm_cores",
     "wasm_leak": "tests.load.wasm_leak",
     "kill": "tests.chaos.kill",
+    "redis_rate": "tests.load.redis_rate",
+    "redis_latency": "tests.load.redis_latency",
+    "redis_context": "tests.load.redis_context",
+    "redis_cost": "tests.load.redis_cost",
+    "redis_ceiling": "tests.load.redis_ceiling",
+    "redis_presence": "tests.load.redis_presence",
+    "redis_reconnect": "tests.load.redis_reconnect",
+    "hosts": "tests.chaos.hosts",
+    "once": "tests.chaos.once",
 }
 
 

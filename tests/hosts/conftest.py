@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from tests.cli.conftest import hotdesk  # noqa: F401
 from tests.redis_servers.server import RedisServer
 
 from conftest import Desk, StartDesk, wait_until

@@ -16,7 +16,8 @@ HOST = ROOT / "host" / "hotdesk"
 SDK = ROOT / "sdk" / "python" / "hotdesk_sdk"
 
 FLOORS = {
-    "cli": 6, "__main__": 6, "testing": 6,
+    "cli": 7, "__main__": 7, "testing": 7,
+    "workers": 6,
     "app": 5,
     "web": 4,
     "chat": 3,
@@ -38,7 +39,7 @@ ONE_IMPORTER = {
     "httptools": ("llm/connection.py",),
     "jsonschema_rs": ("runtime/tools.py",),
     "pluggy": ("runtime/*.py",),
-    "uvloop": ("cli/run.py",),
+    "uvloop": ("workers/loop.py",),
     "click": ("cli/*.py",),
     "jwt": ("web/access.py",),
     "PIL": ("chat/image_content.py",),

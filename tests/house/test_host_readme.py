@@ -96,7 +96,7 @@ def test_every_frame_has_its_row() -> None:
     assert taken == {"message", "cancel", "ping"}
     assert told <= events
     assert sent | taken <= frames
-    assert frames == {"message", "cancel", "ping", "accepted", "chunk", "reply", "error", "pong"}
+    assert frames == {"message", "cancel", "ping", "accepted", "spooled", "chunk", "reply", "error", "pong"}
 
 
 def test_every_admin_event_has_its_row() -> None:

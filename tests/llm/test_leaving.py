@@ -207,13 +207,15 @@ async def test_when_nobody_can_take_more_the_model_waits(start_desk: StartDesk, 
 
 
 async def test_a_closed_host_hangs_up_on_everybody(model_server: ModelServer, open_models: Any) -> None:
-    """Closing the models ends what is under way, with an error and not with silence."""
+    """Closing the models ends what is under way, with an error and not with silence, and nobody is asked again."""
     model_server.default = SLOW_TOKEN
     llm: Llm = await open_models(model_server.base_url)
     stream = llm.stream(ASKED)
     pulling = asyncio.create_task(stream.next_batch())
     await wait_until(lambda: model_server.open == 1, what="it is asked")
     await llm.aclose()
-    with pytest.raises(LlmError):
-        await pulling
+    with pytest.raises(LlmError, match="the host closes it"):
+        async with asyncio.timeout(10):
+            await pulling
     await wait_until(lambda: model_server.open == 0, what="the connection is closed")
+    assert len(model_server.requests) == 1

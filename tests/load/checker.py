@@ -2,27 +2,49 @@
 
     python -m tests.load.checker FILE...        exit code 1 when there is a fault
 
-lost       accepted and not in the record; in the record and never answered; shown to someone and not in the record
-doubled    one id twice in the record, or under two seqs; two replies to one message; a message that nobody sent
+lost       accepted and not in the record; in the record and never answered; shown to someone and not in the record;
+           passed over in what a reader was shown
+doubled    one id twice in the record, or under two seqs; two replies to one message; a message that nobody sent; a
+           reply that a reader was shown twice, or had before it came
 reordered  the record's seqs are not 1..n; replies not in the order of their messages; a message that was sent after
-           another was accepted, and recorded before it
+           another was accepted, and recorded before it; replies that a reader was shown in another order
 mixed      a turn that saw two generations: its marks differ, or one generation of a plugin left two marks
 broken     a stream without its proper end, or whose chunks are not its reply's text
+stale      written by who was the owner no more: a reply by a process that had lost the partition before its message
+           was sent, or before a later owner's reply; a state that is not what the conversation's turns made of it
+
+A stream that began anew, on another host, is no fault and is counted.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.load.history import Accepted, Event, Recorded, Replied, Sent, Streamed, read_history
+from tests.load.history import (
+    Accepted,
+    Event,
+    Heard,
+    Joined,
+    Owned,
+    Recorded,
+    Replied,
+    Sent,
+    Streamed,
+    read_history,
+)
 
 __all__ = ["KINDS", "Fault", "Verdict", "judge"]
 
-KINDS = ("lost", "doubled", "reordered", "mixed", "broken")
+KINDS = ("lost", "doubled", "reordered", "mixed", "broken", "stale")
+
+SHARED_GENERATIONS = False
+"""Whether all hosts count a plugin's generations together. Today each process that says who it is counts for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +69,7 @@ class Verdict:
     replies: int
     streams: int
     faults: tuple[Fault, ...]
+    restarts: int = 0
 
     def count(self, kind: str) -> int:
         """How many faults of this kind."""
@@ -56,7 +79,7 @@ class Verdict:
         counts = ", ".join(f"{self.count(kind)} {kind}" for kind in KINDS)
         return (
             f"{self.sent} sent, {self.accepted} accepted, {self.unaccepted} unaccepted, {self.replies} replies, "
-            f"{self.streams} streams: {counts}"
+            f"{self.streams} streams ({self.restarts} begun anew): {counts}"
         )
 
 
@@ -72,6 +95,8 @@ class _Case:
     messages: list[Recorded] = field(default_factory=list)
     replies: list[Recorded] = field(default_factory=list)
     record: list[Recorded] = field(default_factory=list)
+    joined: list[Joined] = field(default_factory=list)
+    heard: dict[str, list[Heard]] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         match event:
@@ -86,6 +111,10 @@ class _Case:
             case Recorded():
                 self.record.append(event)
                 (self.messages if event.type == "message" else self.replies).append(event)
+            case Joined():
+                self.joined.append(event)
+            case Heard():
+                self.heard.setdefault(event.id, []).append(event)
 
     def all_replies(self) -> list[Recorded | Replied]:
         """What is kept, then what was shown."""
@@ -98,16 +127,24 @@ class _Case:
 def judge(events: Iterable[Event]) -> Verdict:
     """Judge a whole history, the record that was read back included."""
     cases: dict[str, _Case] = {}
+    looks: dict[int, list[Owned]] = defaultdict(list)
+    partitions = 1
     for event in events:
+        if isinstance(event, Owned):
+            looks[event.partition].append(event)
+            partitions = event.partitions
+            continue
         case = cases.get(event.conversation)
         if case is None:
             case = cases[event.conversation] = _Case(event.conversation)
         case.add(event)
     faults: list[Fault] = []
     sent = accepted = unaccepted = 0
+    tenures = {partition: _tenures(seen) for partition, seen in looks.items()}
     for case in cases.values():
-        for find in (_lost, _doubled, _reordered, _mixed_turns, _broken):
+        for find in (_lost, _doubled, _reordered, _mixed_turns, _broken, _misled_readers, _miscounted):
             faults += find(case)
+        faults += _robbed(case, tenures.get(zlib.crc32(case.conversation.encode()) % partitions, []))
         promised = {event.id for event in case.accepted}
         asked = {event.id for event in case.sent}
         sent += len(asked)
@@ -120,6 +157,7 @@ def judge(events: Iterable[Event]) -> Verdict:
         unaccepted=unaccepted,
         replies=sum(len(case.replies) for case in cases.values()),
         streams=sum(len(case.streamed) for case in cases.values()),
+        restarts=sum(stream.restarts for case in cases.values() for stream in case.streamed),
         faults=tuple(faults),
     )
 
@@ -216,13 +254,14 @@ def _mixed_turns(case: _Case) -> Iterator[Fault]:
 
 def _mixed_generations(cases: Iterable[_Case]) -> Iterator[Fault]:
     """A generation is one set of bytes, so all its replies carry one mark, in whatever conversation."""
-    marks: dict[tuple[str, int], str] = {}
+    marks: dict[tuple[str, int, int], str] = {}
     for case in cases:
         for reply in {reply.id: reply for reply in case.all_replies()}.values():
             if len(set(reply.marks)) != 1:
                 continue
             mark = reply.marks[0]
-            first = marks.setdefault((reply.plugin, reply.generation), mark)
+            who = 0 if SHARED_GENERATIONS else reply.by
+            first = marks.setdefault((reply.plugin, who, reply.generation), mark)
             if first != mark:
                 whose = f"{reply.plugin} generation {reply.generation}"
                 yield case.fault("mixed", f"reply {reply.id} is marked {mark}, but {whose} marked {first} before")
@@ -233,8 +272,82 @@ def _broken(case: _Case) -> Iterator[Fault]:
     for stream in case.streamed:
         if not stream.ended:
             yield case.fault("broken", f"the stream for {stream.id} stopped after {len(stream.text)} characters")
-        elif stream.text != texts.get(stream.id):
+        elif not stream.holes and stream.text != texts.get(stream.id):
             yield case.fault("broken", f"the chunks for {stream.id} are not the text of its reply")
+
+
+def _misled_readers(case: _Case) -> Iterator[Fault]:
+    """Each stay of a reader: what it was to be shown, against what it was, up to the last that it was shown.
+
+    Only one fault a stay: what follows one is no news.
+    """
+    kept = [entry.seq for entry in case.replies]
+    for stay in case.joined:
+        heard = case.heard.get(stay.id, [])
+        in_turn = [event.seq for event in heard if not event.again]
+        if not in_turn:
+            continue
+        seen, last = {event.seq for event in heard}, stay.after
+        missed = [seq for seq in kept if stay.after < seq < max(in_turn) and seq not in seen]
+        for seq in in_turn:
+            if seq <= last:
+                twice = seq <= stay.after or in_turn.count(seq) > 1
+                what = f"the reader {stay.id} (after {stay.after}) was shown {seq} behind {last}"
+                yield case.fault("doubled" if twice else "reordered", what)
+                break
+            last = seq
+        else:
+            if missed:
+                yield case.fault("lost", f"the reader {stay.id} was never shown {missed}, but {max(in_turn)}")
+
+
+def _miscounted(case: _Case) -> Iterator[Fault]:
+    """The n-th turn of a bot that counts in the conversation's state counts n; the first that does not is told."""
+    counted = [reply for reply in case.replies if reply.count]
+    for expected, reply in enumerate(counted, start=1):
+        if reply.count != expected:
+            yield case.fault("stale", f"reply {reply.id} to {reply.to}, turn {expected}, counts {reply.count}")
+            break
+
+
+@dataclass(frozen=True, slots=True)
+class _Tenure:
+    """Process *by* (-1: any may have) owned a partition, until at the latest *until*."""
+
+    by: int
+    until: float
+
+
+def _tenures(looks: list[Owned]) -> list[_Tenure]:
+    """Who owned a partition, one after the other. Where an epoch was passed over unseen, anybody may have."""
+    found: list[_Tenure] = []
+    for look, then in zip(looks, [*looks[1:], None], strict=True):
+        until = math.inf if then is None else then.time
+        found.append(_Tenure(look.by, until))
+        if then is not None and then.epoch > look.epoch + 1:
+            found.append(_Tenure(-1, until))
+    return found
+
+
+def _robbed(case: _Case, tenures: list[_Tenure]) -> Iterator[Fault]:
+    """Replies in the order of the record, each by an owner of its time: none by one that had lost the conversation."""
+    if not tenures:
+        return
+    first_sent: dict[str, float] = {}
+    for sent in case.sent:
+        first_sent[sent.id] = min(sent.time, first_sent.get(sent.id, sent.time))
+    at = 0
+    for reply in case.replies:
+        if not reply.by:
+            continue
+        asked = first_sent.get(reply.to or "", -math.inf)
+        here = at
+        while here < len(tenures) and not (tenures[here].by in (-1, reply.by) and tenures[here].until > asked):
+            here += 1
+        if here == len(tenures):
+            yield case.fault("stale", f"reply {reply.id} to {reply.to} is by process {reply.by}, no owner of its time")
+        else:
+            at = here
 
 
 def main(paths: list[str]) -> int:

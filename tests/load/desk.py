@@ -35,6 +35,16 @@ class Entry(msgspec.Struct, frozen=True):
             return ()
         return (*self.metadata.get("marks", ()), *_MARK.findall(self.text))
 
+    @property
+    def count(self) -> int:
+        """What the plugin counted in the conversation's state; 0 where it does not."""
+        return int(self.metadata.get("count", 0))
+
+    @property
+    def by(self) -> int:
+        """The process that ran the turn; 0 where the plugin does not say."""
+        return int(self.metadata.get("process", 0))
+
 
 class RecordEntry(Entry, frozen=True, kw_only=True):
     """In the record an entry must say what it is; a reply elsewhere need not."""
@@ -68,7 +78,7 @@ class PluginStatus(msgspec.Struct, frozen=True):
 
 read_taken = msgspec.json.Decoder(Taken).decode
 read_entry = msgspec.json.Decoder(Entry).decode
-_read_page = msgspec.json.Decoder(Page).decode
+read_page = msgspec.json.Decoder(Page).decode
 _read_status = msgspec.json.Decoder(PluginStatus).decode
 
 
@@ -106,6 +116,8 @@ def shown(reply: Entry, now: float) -> Replied:
         plugin=reply.plugin,
         text=reply.text,
         marks=reply.marks,
+        count=reply.count,
+        by=reply.by,
     )
 
 
@@ -132,33 +144,39 @@ class Desk:
         target = message_target(conversation, wait=True)
         return read_taken(_expect(await self._client.request("POST", target, message_body(id, text)), target))
 
-    async def read_record(self, conversation: str, now: float) -> list[Recorded]:
-        """The whole record of a conversation, as events of the history; none where nothing was ever accepted."""
-        events: list[Recorded] = []
+    async def read_entries(self, conversation: str) -> list[RecordEntry]:
+        """The whole record of a conversation, as the door gives it; nothing where nothing was ever accepted."""
+        entries: list[RecordEntry] = []
         after: int | None = 0
         while after is not None:
             target = f"/v1/conversations/{conversation}/messages?after={after}&limit=500"
             answer = await self._client.request("GET", target)
             if answer.status == 404:
                 break
-            page = _read_page(_expect(answer, target))
+            page = read_page(_expect(answer, target))
             after = page.next
-            events += (
-                Recorded(
-                    conversation=conversation,
-                    id=entry.id,
-                    time=now,
-                    type=entry.type,
-                    seq=entry.seq,
-                    to=entry.to,
-                    generation=entry.generation,
-                    plugin=entry.plugin,
-                    text=entry.text if entry.type == "reply" else "",
-                    marks=entry.marks,
-                )
-                for entry in page.messages
+            entries += page.messages
+        return entries
+
+    async def read_record(self, conversation: str, now: float) -> list[Recorded]:
+        """The same as events of the history."""
+        return [
+            Recorded(
+                conversation=conversation,
+                id=entry.id,
+                time=now,
+                type=entry.type,
+                seq=entry.seq,
+                to=entry.to,
+                generation=entry.generation,
+                plugin=entry.plugin,
+                text=entry.text if entry.type == "reply" else "",
+                marks=entry.marks,
+                count=entry.count,
+                by=entry.by,
             )
-        return events
+            for entry in await self.read_entries(conversation)
+        ]
 
     async def plugin(self, name: str) -> PluginStatus:
         return _read_status(await self.get(f"/admin/plugins/{name}"))

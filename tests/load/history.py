@@ -11,7 +11,19 @@ from pathlib import Path
 
 import msgspec
 
-__all__ = ["Accepted", "Event", "History", "Recorded", "Replied", "Sent", "Streamed", "read_history"]
+__all__ = [
+    "Accepted",
+    "Event",
+    "Heard",
+    "History",
+    "Joined",
+    "Owned",
+    "Recorded",
+    "Replied",
+    "Sent",
+    "Streamed",
+    "read_history",
+]
 
 
 class _Event(msgspec.Struct, frozen=True, tag_field="event", tag=str.lower, kw_only=True, omit_defaults=True):
@@ -33,7 +45,11 @@ class Accepted(_Event, frozen=True):
 
 
 class Replied(_Event, frozen=True):
-    """A reply was shown; `id` is the reply's. `marks` are what the code that made it said of its version."""
+    """A reply was shown; `id` is the reply's. `marks` are what the code that made it said of its version.
+
+    `count` is how many turns of the conversation the bot had counted in its state, this one included, and `by` the
+    process that ran the turn; 0 where the bot does not say.
+    """
 
     seq: int
     to: str | None
@@ -41,13 +57,49 @@ class Replied(_Event, frozen=True):
     plugin: str
     text: str
     marks: tuple[str, ...] = ()
+    count: int = 0
+    by: int = 0
 
 
 class Streamed(_Event, frozen=True):
-    """A stream of chunks for message `id` is over: by its proper end, or else `ended` is False."""
+    """A stream of chunks for message `id` is over: by its proper end, or else `ended` is False.
+
+    A turn that begins anew on another host streams anew: `restarts` says how often the index went back, `text` is what
+    came since. `holes` are indexes that were passed over: a chunk is not kept, so the news of one may be lost.
+    """
 
     text: str
     ended: bool
+    restarts: int = 0
+    holes: int = 0
+
+
+class Joined(_Event, frozen=True):
+    """A reader came; `id` names its stay. It is to be shown every reply above *after*, each once, in order."""
+
+    after: int
+
+
+class Heard(_Event, frozen=True):
+    """In the stay `id` the reply *seq* was shown.
+
+    `again`: its message was sent a second time in this stay, and a repeat gets the first one's answer, whenever.
+    """
+
+    seq: int
+    again: bool = False
+
+
+class Owned(_Event, frozen=True):
+    """Somebody looked and found *epoch* and an owner, process *by* (0: nobody, -1: not known), of a partition.
+
+    Written when either has changed, in the order of looking; a conversation is in partition crc32 % *partitions*.
+    """
+
+    partition: int
+    partitions: int
+    epoch: int
+    by: int
 
 
 class Recorded(_Event, frozen=True):
@@ -60,9 +112,11 @@ class Recorded(_Event, frozen=True):
     plugin: str = ""
     text: str = ""
     marks: tuple[str, ...] = ()
+    count: int = 0
+    by: int = 0
 
 
-Event = Sent | Accepted | Replied | Streamed | Recorded
+Event = Sent | Accepted | Replied | Streamed | Recorded | Joined | Heard | Owned
 
 
 class History:

@@ -84,6 +84,12 @@ class Server:
             cpu = process.cpu_times()
             return Usage(process.memory_info().rss, cpu.user + cpu.system, process.num_fds(), process.num_threads())
 
+    @property
+    def pid(self) -> int:
+        """The process, which must have been started; with `--workers` the workers are its children."""
+        assert self._process is not None
+        return self._process.pid
+
     async def kill(self) -> None:
         """SIGKILL, and wait until the process is gone."""
         assert self._process is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -35,34 +36,46 @@ __all__ = ["measure"]
 STREAMS, RATE = 100, 20
 """As many as the bare server can keep up with."""
 
-BURST_STREAMS, BURST_TOKENS = 8, 1_000
-RAMP_S = 1.0
-IDLE_S = 3.0
+BURST_STREAMS = 8
 MOST_US = 20.0
 LEAST_TIMES = 10.0
 
 Kind = Callable[[], Visitor]
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long the answers are counted in their middle, how long they take to begin, and the idle host is watched."""
+
+    counted_s: float
+    ramp_s: float
+    idle_s: float
+
+    @property
+    def tokens(self) -> int:
+        """Of one answer, which lasts over all that is counted and both ramps."""
+        return round((self.counted_s + 2 * self.ramp_s) * RATE)
+
+
 async def measure(short: bool) -> list[Figure]:
     """All servers in turn, round after round; the medians."""
-    rounds, seconds, asks = (1, 2.0, 2) if short else (3, 10.0, 4)
-    tokens = round((seconds + 2 * RAMP_S) * RATE)
+    rounds, asks, burst_tokens = (1, 2, 300) if short else (3, 4, 1_000)
+    pace = Pace(1.0, 0.5, 1.0) if short else Pace(10.0, 1.0, 3.0)
     run = Run()
     async with running_model() as model, running_relay(model) as relay:
-        path = f"/{tokens}/{RATE}/v1"
+        path = f"/{pace.tokens}/{RATE}/v1"
         url = f"http://127.0.0.1:{model.port}"
         async with running_desk("llm-chunk", url + path) as desk, running_bot(url + path) as bot:
             for number in range(rounds):
-                run.note("paced desk", *await paced(desk, DeskVisitor, number, seconds, tokens))
-                run.note("paced bare", *await paced(bot, BotVisitor, number, seconds, tokens))
+                run.note("paced desk", *await paced(desk, DeskVisitor, number, pace))
+                run.note("paced bare", *await paced(bot, BotVisitor, number, pace))
                 reader = partial(ModelReader, f"{path}/chat/completions")
-                run.note("paced relay", *await paced(relay, reader, number, seconds, tokens))
-        url += f"/{BURST_TOKENS}/0/v1"
+                run.note("paced relay", *await paced(relay, reader, number, pace))
+        url += f"/{burst_tokens}/0/v1"
         async with running_desk("llm-chunk", url) as desk, running_bot(url) as bot:
             for number in range(rounds + 1):
                 for name, server, kind in (("burst desk", desk, DeskVisitor), ("burst bare", bot, BotVisitor)):
-                    found = await burst(server, kind, f"burst{number}", asks if number else 1)
+                    found = await burst(server, kind, f"burst{number}", burst_tokens, asks if number else 1)
                     if number:  # the first round warms up
                         run.note(name, *found)
     return [
@@ -108,25 +121,25 @@ async def idle_cores(server: Server, seconds: float) -> float:
     return (server.usage().cpu_s - before) / seconds
 
 
-async def paced(server: Server, kind: Kind, number: int, seconds: float, tokens: int) -> tuple[float, Counter[str]]:
+async def paced(server: Server, kind: Kind, number: int, pace: Pace) -> tuple[float, Counter[str]]:
     """CPU a chunk in µs while all streams are in their middle, and what was wrong."""
     visitors = await seated(server, kind, f"paced{number}", STREAMS)
-    idle = await idle_cores(server, IDLE_S)
+    idle = await idle_cores(server, pace.idle_s)
     with hold_gc():
         for visitor in visitors:  # not in step: each chunk comes alone
             visitor.ask()
-            await asyncio.sleep(RAMP_S / STREAMS)
+            await asyncio.sleep(pace.ramp_s / STREAMS)
         await wait_first(visitors, 30.0)
         cpu_s, heard = server.usage().cpu_s, tokens_of(visitors)
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(pace.counted_s)
         cpu_s, heard = server.usage().cpu_s - cpu_s, tokens_of(visitors) - heard
         await wait_for(visitors, 30.0)
     for visitor in visitors:
         visitor.leave()
-    return (cpu_s - idle * seconds) / max(1, heard) * 1e6, faults_of(visitors, tokens)
+    return (cpu_s - idle * pace.counted_s) / max(1, heard) * 1e6, faults_of(visitors, pace.tokens)
 
 
-async def burst(server: Server, kind: Kind, name: str, asks: int) -> tuple[float, Counter[str]]:
+async def burst(server: Server, kind: Kind, name: str, tokens: int, asks: int) -> tuple[float, Counter[str]]:
     """CPU a chunk in µs, the turns' own cost included, and what was wrong."""
     visitors = await seated(server, kind, name, BURST_STREAMS)
     before = server.usage().cpu_s
@@ -137,7 +150,7 @@ async def burst(server: Server, kind: Kind, name: str, asks: int) -> tuple[float
     cpu_s = server.usage().cpu_s - before
     for visitor in visitors:
         visitor.leave()
-    return cpu_s / max(1, tokens_of(visitors)) * 1e6, faults_of(visitors, BURST_TOKENS)
+    return cpu_s / max(1, tokens_of(visitors)) * 1e6, faults_of(visitors, tokens)
 
 
 if __name__ == "__main__":

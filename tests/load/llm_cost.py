@@ -43,7 +43,7 @@ class Costs:
 
 async def measure(short: bool) -> list[Figure]:
     """Alternate the desk and the bare bot in rounds, for answers of one chunk and of twenty."""
-    rounds, turns = (2, 100) if short else (5, 500)
+    rounds, turns = (1, 100) if short else (5, 500)
     streamed, whole, bare_stream, bare_whole = Costs(), Costs(), Costs(), Costs()
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(running_model())

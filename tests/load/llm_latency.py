@@ -23,24 +23,23 @@ from tests.load.report import Figure, run_main
 __all__ = ["measure"]
 
 RATE = 20
-TOKENS = 100
 P50_MS, P99_MS, GAP_MS = 2.0, 15.0, 50.0
 
 
 async def measure(short: bool) -> list[Figure]:
     """The control first, then the desk. Every visitor asks again when it was answered."""
-    streams, answers = (100, 1) if short else (500, 4)
-    path = f"/{TOKENS}/{RATE}/v1"
+    streams, answers, tokens = (100, 1, 40) if short else (500, 4, 100)
+    path = f"/{tokens}/{RATE}/v1"
     async with AsyncExitStack() as stack:
         model = await stack.enter_async_context(running_model())
         desk = await stack.enter_async_context(running_desk("llm-latency", f"http://127.0.0.1:{model.port}{path}"))
         readers = [ModelReader(f"{path}/chat/completions") for _ in range(streams)]
-        await listen(model, readers, answers)
+        await listen(model, readers, answers, tokens / RATE)
         visitors = [DeskVisitor() for _ in range(streams)]
         before = desk.usage().cpu_s
-        await listen(desk, visitors, answers)
+        await listen(desk, visitors, answers, tokens / RATE)
         cpu_s = desk.usage().cpu_s - before
-    faults: Counter[str] = faults_of(readers, TOKENS) + faults_of(visitors, TOKENS)
+    faults: Counter[str] = faults_of(readers, tokens) + faults_of(visitors, tokens)
     own, added = Delays(readers), Delays(visitors)
     return [
         Figure("streams at once", streams),
@@ -61,11 +60,10 @@ async def measure(short: bool) -> list[Figure]:
     ]
 
 
-async def listen(server: Server, visitors: Sequence[Visitor], answers: int) -> None:
-    """Let all ask, not in step, and then each again after each answer."""
+async def listen(server: Server, visitors: Sequence[Visitor], answers: int, answer_s: float) -> None:
+    """Let all ask, not in step, and then each again after each answer, which takes the model *answer_s*."""
     for number, visitor in enumerate(visitors):
         await visitor.come(server.port, f"c{number}")
-    answer_s = TOKENS / RATE
     with hold_gc():
         for visitor in visitors:
             visitor.ask(more=answers - 1)

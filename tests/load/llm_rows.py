@@ -65,7 +65,7 @@ ROWS = (
 
 async def measure(short: bool) -> list[Figure]:
     """Row by row: the desk, and then the bare bot."""
-    seconds = 2.0 if short else 15.0
+    seconds, warm_up_s = (1.0, 0.5) if short else (15.0, 1.0)
     figures: list[Figure] = []
     numbers = count()
     async with AsyncExitStack() as stack:
@@ -77,12 +77,12 @@ async def measure(short: bool) -> list[Figure]:
             picture = jpeg() if row.picture else None
             for server, other in ((desk, False), (bot, True)):
                 asked = requests("warm-" + row.key, "/talk/{}" if other else None, row, picture, numbers)
-                await loaded(server, asked, 1.0)
+                await loaded(server, asked, warm_up_s)
             asked = requests(row.key, None, row, picture, numbers)
             load, cores = await with_cores(desk, nginx, loaded(desk, asked, seconds))
             broken = await broken_records(desk, row)
             asked = requests(row.key, "/talk/{}", row, picture, numbers)
-            bare = await loaded(bot, asked, seconds / 2)
+            bare = await loaded(bot, asked, max(1.0, seconds / 2))
             figures += [
                 Figure(f"{row.name}: questions answered", load.rate, "turns/s", at_least=row.rate),
                 Figure(f"{row.name}: mean", mean_ms(load), "ms", at_most=row.mean_ms),

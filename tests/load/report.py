@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -89,15 +90,19 @@ def readable(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def run_main(measure: Measure) -> None:
-    """The command line of the run whose module was started. Exit code 1 when a target is missed."""
+def run_main(measure: Callable[..., Awaitable[list[Figure]]], own: argparse.ArgumentParser | None = None) -> None:
+    """The command line of the run whose module was started. Exit code 1 when a target is missed.
+
+    The options of its *own* parser, which has no help of its own, go to *measure* by keyword.
+    """
     module = sys.modules["__main__"]
     name = module.__spec__.name if module.__spec__ else str(module.__file__)
-    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=module.__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=module.__doc__, parents=[own] if own else [])
     parser.add_argument("--short", action="store_true", help="a few seconds, to see that it works; no fair figures")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     options = parser.parse_args()
-    figures = uvloop.run(_measured(measure, options.short))
+    given = {key: value for key, value in vars(options).items() if key not in ("short", "json")}
+    figures = uvloop.run(_measured(partial(measure, **given), options.short))
     if options.json:
         print(msgspec.json.encode(result_of(name, figures)).decode())
     else:

@@ -108,7 +108,11 @@ async def open_socket(
     _, socket = await asyncio.get_running_loop().create_connection(
         lambda: WebSocket(target, received), "127.0.0.1", port, local_addr=(source, 0) if source else None
     )
-    await socket.wait_open()
+    try:
+        await socket.wait_open()
+    except BaseException:
+        socket.transport.abort()
+        raise
     return socket
 
 

@@ -42,14 +42,19 @@ async def _stream_turn(port: int, conversation: str, id: str, history: History) 
     history.add(Streamed(conversation=conversation, id=id, time=perf_counter(), text=text, ended=ended))
 
 
-async def read_events(port: int, target: str, body: bytes, *, gap_s: float = 10.0) -> AsyncIterator[tuple[str, bytes]]:
-    """Post *body* and yield each event with its data, to the end of the stream.
+async def read_events(
+    port: int, target: str, body: bytes, *, method: str = "POST", headers: str = "", gap_s: float = 10.0
+) -> AsyncIterator[tuple[str, bytes]]:
+    """Post *body*, or use another *method*, and yield each event with its data, to the end of the stream.
 
-    Raises `ConnectionLost` where the stream stops without its end, or is silent for *gap_s*.
+    Raises `ConnectionLost` where nobody is there, the stream stops without its end, or is silent for *gap_s*.
     """
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(request_bytes("POST", target, body, "Accept: text/event-stream\r\n"))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError as exc:
+        raise ConnectionLost(repr(exc)) from exc
+    try:
+        writer.write(request_bytes(method, target, body, f"Accept: text/event-stream\r\n{headers}"))
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), gap_s)
         if b" 200 " not in head.split(b"\r\n", 1)[0]:
             raise ConnectionLost(head.decode(errors="replace"))

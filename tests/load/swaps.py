@@ -108,7 +108,7 @@ def with_mark(mark: str) -> Callable[[Entry], bool]:
 
 async def measure(short: bool) -> list[Figure]:
     """Traffic, edits and streams side by side; then the history is judged."""
-    seconds, renames, in_place = (8.0, 12, 2) if short else (210.0, 300, 20)
+    seconds, renames, in_place = (6.0, 12, 2) if short else (210.0, 300, 20)
     edits = ["rename"] * renames + ["in place"] * in_place
     random.shuffle(edits)
     waits: dict[str, list[float]] = {"rename": [], "in place": []}

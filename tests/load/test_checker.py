@@ -7,7 +7,19 @@ from pathlib import Path
 import msgspec
 import pytest
 from tests.load.checker import KINDS, Verdict, judge, main
-from tests.load.history import Accepted, Event, History, Recorded, Replied, Sent, Streamed, read_history
+from tests.load.history import (
+    Accepted,
+    Event,
+    Heard,
+    History,
+    Joined,
+    Owned,
+    Recorded,
+    Replied,
+    Sent,
+    Streamed,
+    read_history,
+)
 
 
 def message(id: str, seq: int) -> Recorded:
@@ -42,6 +54,16 @@ def streamed(id: str, text: str, *, ended: bool = True) -> Streamed:
     return Streamed(conversation="c", id=id, time=3.0, text=text, ended=ended)
 
 
+def stay(after: int, *seqs: int, again: tuple[int, ...] = ()) -> list[Event]:
+    """A reader that came with `after=` and was shown replies."""
+    joined = Joined(conversation="c", id="s", time=2.0, after=after)
+    return [joined, *(Heard(conversation="c", id="s", time=3.0, seq=seq, again=seq in again) for seq in seqs)]
+
+
+def owned(epoch: int, by: int, time: float) -> Owned:
+    return Owned(conversation="", id=f"w{by}", time=time, partition=0, partitions=1, epoch=epoch, by=by)
+
+
 PROMISES: list[Event] = [sent("m1", 0.0), accepted("m1", 1.0, 1), sent("m2", 1.5), accepted("m2", 2.0, 2)]
 RECORD: list[Event] = [message("m1", 1), message("m2", 2), reply("m1", 3), reply("m2", 4)]
 
@@ -63,7 +85,27 @@ def test_a_history_without_fault_is_clean():
     verdict = judge([*PROMISES, *more, *RECORD])
     assert verdict.faults == ()
     assert (verdict.sent, verdict.accepted, verdict.unaccepted) == (3, 2, 1)
-    assert (verdict.replies, verdict.streams) == (2, 1)
+    assert (verdict.replies, verdict.streams, verdict.restarts) == (2, 1, 0)
+
+
+def test_what_a_change_of_owner_may_do_is_no_fault():
+    """A stream that began anew, or has a hole; a repeat that overtakes; an owner that lost, and won, the partition."""
+    more = [
+        msgspec.structs.replace(streamed("m1", "ab"), restarts=2),
+        msgspec.structs.replace(streamed("m2", "b"), holes=1),
+        *stay(0, 4, 3, 4, again=(4,)),
+        *(owned(1, 7, -1.0), owned(2, 8, 0.2), owned(3, 7, 1.7)),
+    ]
+    replies = [reply("m1", 3, by=8, count=1), reply("m2", 4, by=7, count=2)]
+    verdict = judge([*PROMISES, *more, *RECORD[:2], *replies])
+    assert verdict.faults == ()
+    assert verdict.restarts == 2
+
+
+def test_an_owner_that_nobody_saw_may_have_been_anybody():
+    """Where an epoch was passed over between two looks, the reply of a third is no fault."""
+    looks = [owned(1, 7, -1.0), owned(3, 8, 5.0)]
+    assert judge([*PROMISES, *looks, *RECORD[:3], reply("m2", 4, by=9)]).faults == ()
 
 
 FAULTY: dict[str, tuple[str, list[Event]]] = {
@@ -110,6 +152,25 @@ FAULTY: dict[str, tuple[str, list[Event]]] = {
     ),
     "a stream that stopped": ("broken", [*PROMISES, streamed("m2", "a", ended=False), *RECORD]),
     "a stream with a hole": ("broken", [*PROMISES, streamed("m2", "b"), *RECORD]),
+    "a reader misses a reply": ("lost", [*PROMISES, *RECORD, *stay(0, 4)]),
+    "a reader is shown a reply twice": ("doubled", [*PROMISES, *RECORD, *stay(0, 3, 4, 4)]),
+    "a reader is shown what it had": ("doubled", [*PROMISES, *RECORD, *stay(3, 3, 4)]),
+    "a reader is shown replies in another order": ("reordered", [*PROMISES, *RECORD, *stay(0, 4, 3)]),
+    "a state that was written over": (
+        "stale",
+        [*PROMISES, *RECORD[:2], reply("m1", 3, count=1), reply("m2", 4, count=1)],
+    ),
+    "a reply by one that had lost the partition": (
+        "stale",
+        [*PROMISES, owned(1, 7, -1.0), owned(2, 8, 1.2), *RECORD[:3], reply("m2", 4, by=7)],
+    ),
+    "a reply by a former owner behind one of the next": (
+        "stale",
+        [
+            *(*PROMISES, owned(1, 7, -1.0), owned(2, 8, 1.7)),
+            *(*RECORD[:2], reply("m1", 3, by=8), reply("m2", 4, by=7)),
+        ],
+    ),
 }
 
 

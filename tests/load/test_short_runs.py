@@ -13,7 +13,7 @@ from tests.load.nginx import find_nginx
 from tests.load.report import Figure
 from tests.load.wasm_cores import CALL_S
 
-TIMES = ("ms", "s", "KiB", "MiB", "%", "turns/s", "µs", "times", "cores", "requests/s")
+TIMES = ("ms", "s", "bytes", "KiB", "MiB", "%", "turns/s", "µs", "times", "cores", "requests/s", "messages/s")
 """Units of figures that say how fast or how large: the machine's affair, and not asserted here."""
 
 
@@ -24,9 +24,12 @@ TIMES = ("ms", "s", "KiB", "MiB", "%", "turns/s", "µs", "times", "cores", "requ
     [
         "tests.load.swaps",
         "tests.chaos.kill",
+        "tests.chaos.hosts",
+        "tests.chaos.once",
         "tests.load.leak",
         "tests.load.wasm_swaps",
         "tests.load.wasm_leak",
+        "tests.load.redis_reconnect",
     ],
 )
 async def test_nothing_is_lost_doubled_reordered_mixed_or_left(run: str) -> None:
@@ -69,6 +72,17 @@ async def test_a_component_is_not_ten_times_too_dear(run: str) -> None:
         named = {figure.name: figure.value for figure in figures}
         assert named["two beside one"] > 0.6 * named["two bare processes beside one"]
         assert named["beside two, p99"] < CALL_S * 1000 / 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("run", ["redis_context", "redis_ceiling"])
+async def test_what_redis_keeps_is_what_was_written(run: str) -> None:
+    """Contexts read back as they were written, and a worker's commands said again do what they did at first."""
+    figures = [msgspec.convert(row, Figure) for row in (await short_form(f"tests.load.{run}"))["figures"]]
+    counted = [figure for figure in figures if figure.target and not figure.unit]
+    assert counted
+    assert [figure for figure in counted if not figure.met] == [], figures
 
 
 def nearly(figure: Figure) -> Figure:

@@ -44,7 +44,7 @@ async def measure(short: bool) -> list[Figure]:
                     usages.append(server.usage())
                     generations.append(await desk.metric(ALIVE) - others)
                 at_rest = await settle(desk, {STORES: 1, ALIVE: others + 1})
-                counts.append(await _count(desk, server))
+                counts.append(await _count(desk, server, counts[0] if counts else {}))
             desk.close()
         finally:
             await server.stop()
@@ -62,13 +62,18 @@ async def measure(short: bool) -> list[Figure]:
     ]
 
 
-async def _count(desk: Desk, server: Server) -> dict[str, int]:
-    """What is there at rest: the least of some counts, since the proof that a generation is gone takes a moment."""
-    counts = []
+async def _count(desk: Desk, server: Server, before: dict[str, int]) -> dict[str, int]:
+    """What is there at rest: the least of some counts, since the proof that a generation is gone takes a moment. They
+    end when there is no more of anything than *before*."""
+    counts: list[dict[str, int]] = []
+    least: dict[str, int] = {}
     for _ in range(10):
         counts.append(await count_guests(desk, server))
+        least = {what: min(count[what] for count in counts) for what in counts[0]}
+        if before and all(least[what] <= before[what] for what in least):
+            break
         await asyncio.sleep(0.3)
-    return {what: min(count[what] for count in counts) for what in counts[0]}
+    return least
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ async def _host(
 
 async def measure(short: bool) -> list[Figure]:
     """The chain; then, in the long form, the large ones."""
-    cold, known, python, seconds = (2, 3, 2, 10.0) if short else (50, 150, 50, 250.0)
+    cold, known, python, seconds = (2, 3, 2, 7.0) if short else (50, 150, 50, 250.0)
     figures, verdicts, failed, unseen = await _chain(cold, known, python, seconds)
     for language, name in () if short else LANGUAGES.items():
         try:

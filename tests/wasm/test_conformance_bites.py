@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import subprocess
@@ -160,6 +161,7 @@ async def test_what_does_not_load_fails_every_case(tmp_path: Path) -> None:
     target = tmp_path / "orders.py"
     target.write_text("raise RuntimeError('no plugin')\n")
     for case in CASES:
+        gc.freeze()  # the desk that ended last let all loose, and the next would look through it
         with pytest.raises((ClaimFailed, HotdeskError)):
             await run_case(case, target)
 

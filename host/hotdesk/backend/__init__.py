@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -16,6 +16,9 @@ from hotdesk_sdk import Message
 
 from ..errors import BackendError
 from ..metrics import Metrics
+
+if TYPE_CHECKING:
+    from .redis_shelf import RedisShelf
 
 __all__ = [
     "SUSPECT_TRIES",
@@ -29,6 +32,7 @@ __all__ = [
     "StoredReply",
     "TurnEnd",
     "open_backend",
+    "open_shelf",
 ]
 
 
@@ -168,6 +172,10 @@ class Backend(Protocol):
     warnings: tuple[str, ...]
     """What about its settings is unsafe."""
 
+    @property
+    def shelf(self) -> RedisShelf | None:
+        """Where plugins are pushed for all hosts that share this journal; None where no others can."""
+
     async def start(self, listener: Listener) -> int:
         """Take part: *listener* is handed what is unfinished, now and whenever this worker takes something over.
 
@@ -264,8 +272,23 @@ async def open_backend(url: str, metrics: Metrics, *, name: str = "") -> Backend
         from .sqlite import SqliteBackend
 
         return await SqliteBackend.open(path, metrics)
-    if scheme.partition(":")[0].removesuffix("+cluster").removesuffix("+sentinel") in ("redis", "rediss"):
+    if _is_redis(url):
         from .redis import RedisBackend
 
         return await RedisBackend.open(url, metrics, name=name)
-    raise BackendError(f"backend {url}: write sqlite:///path or redis://host:port/0")
+    shown = url if "@" not in url else f"{url.partition(':')[0]}:…"  # there may be a password in it
+    raise BackendError(f"backend {shown}: write sqlite:///path or redis://host:port/0")
+
+
+async def open_shelf(url: str) -> RedisShelf:
+    """Open the shelf of the journal that *url* names, without being a worker. Raises `BackendError`."""
+    if not _is_redis(url):
+        raise BackendError("plugins are pushed to hosts that share a Redis; write redis://host:port/0")
+    from .redis_shelf import RedisShelf
+
+    return await RedisShelf.open(url)
+
+
+def _is_redis(url: str) -> bool:
+    scheme = url.partition(":")[0]
+    return scheme.removesuffix("+cluster").removesuffix("+sentinel") in ("redis", "rediss")

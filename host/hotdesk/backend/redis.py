@@ -12,7 +12,7 @@ seen    zset    conversations by the time of their last entry
 dlv     hash    replies that a channel has not confirmed
 tries   hash    how often an open turn was begun by a worker that died
 
-and PREFIX{ctl}:members (leases), PREFIX{ctl}:meta, PREFIX{kv:PLUGIN}:kv.
+and PREFIX{ctl}:members (leases), PREFIX{ctl}:meta, PREFIX{kv:PLUGIN}:kv, PREFIX{shelf}:… (`redis_shelf`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from .redis_durability import look_at_servers
 from .redis_hearing import Head, Hearing
 from .redis_members import About, Members
 from .redis_partitions import Calls, Fence, Partition, Partitions, read_record
-from .redis_servers import OneServer, Servers
+from .redis_servers import Servers, open_servers
+from .redis_shelf import RedisShelf
 from .redis_url import RedisUrl, read_redis_url
 from .redis_wire import Scripts
 
@@ -73,10 +74,11 @@ class RedisBackend(Hearing):
         self._prefix = url.prefix
         self.me = f"w{time.time_ns() // 1_000_000:011x}{random.SystemRandom().getrandbits(40):010x}"
         scripts = Scripts()
-        self._servers: Servers = _open_servers(url, scripts, self)
+        self._servers: Servers = open_servers(url, scripts, self)
         self._calls = Calls(self._servers, scripts)
         self.partitions = Partitions(url.prefix, url.partitions, self._calls, self.me, self.url)
         self.members = Members(url.prefix, self._calls, self.partitions, self.me, About.me(name or "host"))
+        self.shelf = RedisShelf(url.prefix, self._servers, self._calls, self.me)
         self._inboxes = {partition.inbox(self.me): partition for partition in self.partitions.all}
         self._channels: dict[str, tuple[Partition, str]] = {}
         self._listener: Listener | None = None
@@ -153,7 +155,7 @@ class RedisBackend(Hearing):
         bucket = int(message.at // BUCKET_S)
         buckets = (bucket, bucket + 1, bucket - 1, bucket - 2) if given else (bucket,)
         try:
-            body, channel_name = _encode(message), channel.encode()
+            body, channel_name, locale_name = _encode(message), channel.encode(), (locale or "").encode()
             digest = _digest(conversation, message.id) if given else b""
         except UnicodeEncodeError as exc:
             future.set_exception(exc)
@@ -181,13 +183,19 @@ class RedisBackend(Hearing):
                 digest,
                 message.at,
                 channel_name,
-                locale or "",
+                locale_name,
                 int(chunks),
                 BUCKET_TTL_S,
                 tag,
                 int(conversation not in partition.records),
             )
+            sending.add_done_callback(unsure)
             _answered(sending, future, appended)
+
+        def unsure(sent: asyncio.Future[Any]) -> None:
+            exc = None if sent.cancelled() else sent.exception()
+            if isinstance(exc, BackendUnavailable) and exc.unsure:
+                self.partitions.doubtful.add(partition)  # it may be there, and nobody else is told of it
 
         self._once_heard(partition, conversation, send)
         return future
@@ -203,6 +211,8 @@ class RedisBackend(Hearing):
             return
         _, seq, n, owner, opened, *more = result
         if owner.decode() != self.me:
+            if partition.mine:
+                self.partitions.spawn(self.partitions.resync(partition))  # it is not, or was not when this was kept
             future.set_result(Appended(seq, message.at, False, bool(opened), fresh, here=False))
             return
         record = read_record(conversation, more[0]) if more else None
@@ -211,7 +221,7 @@ class RedisBackend(Hearing):
             if not now:
                 use(fresh, here=False)
                 return
-            self.partitions.with_record(partition, conversation, record, use)
+            self.partitions.with_record(partition, conversation, record, use, lambda: use(fresh, here=False))
 
         def use(record: ConversationRecord, here: bool = True) -> None:
             fence = None
@@ -244,6 +254,7 @@ class RedisBackend(Hearing):
                 partition.keys["dlv"],
                 partition.keys["tries"],
                 partition.keys["dead"],
+                partition.keys["seen"],
             ),
             partition.base,
             self.me,
@@ -254,13 +265,14 @@ class RedisBackend(Hearing):
             fence.origin,
             news,
             int(end.deliver),
-            int(fence.tries > 0),
+            int(fence.tracked or fence.tries > 0),
             int(end.closed),
             _encode(DeadLetter(end.conversation, end.seq, end.to, end.tries, time.time())) if end.tries else b"",
             len(fields) // 2,
             len(gone),
             *fields,
             *gone,
+            max((reply.at for reply in end.replies), default=0.0),
             *(_encode(reply) for reply in end.replies),
         )
 
@@ -297,6 +309,8 @@ class RedisBackend(Hearing):
         elif fence.unsure and end.replies:
             self.partitions.spawn(self._find_out(future, end, fence))
             return
+        elif fence.unsure:
+            self._kept(future, end, fence, 0)
         elif not future.done():
             future.set_result(None)
         self.partitions.ended(fence)
@@ -413,25 +427,31 @@ class RedisBackend(Hearing):
     async def purge(self, before: float) -> int:
         count = 0
         for partition in self.partitions.all:
+            stay = 0
             while partition.mine:
                 names = await self._calls.command(
-                    partition.slot, "ZRANGE", partition.keys["seen"], "-inf", f"({before!r}", "BYSCORE", "LIMIT", 0, 200
-                )
-                gone = await asyncio.gather(*(self._purge_one(partition, name.decode(), before) for name in names))
-                count += sum(gone)
-                if len(names) < 200 or not sum(gone):
+                    partition.slot, "ZRANGE", partition.keys["seen"], "-inf", f"({before!r}", "BYSCORE",
+                    "LIMIT", stay, 200,
+                )  # fmt: skip
+                gone = sum(await asyncio.gather(*(self._purge_one(partition, one.decode(), before) for one in names)))
+                count += gone
+                stay += len(names) - gone
+                if len(names) < 200:
                     break
         return count
 
     async def _purge_one(self, partition: Partition, name: str, before: float) -> int:
         keys = (
             partition.own, partition.conversation_key(name), partition.journal_key(name), partition.keys["seen"],
+            partition.keys["dlv"], partition.keys["dead"],
         )  # fmt: skip
         gone: int = await self._calls.script(
             "purge", partition.slot, keys, self.me, partition.epoch or "0", name, before, aside=True
         )
         if gone == 1:
             partition.records.pop(name, None)
+        elif gone == -1:
+            self._metrics.refused_writes.inc()
         return max(0, gone)
 
 
@@ -450,14 +470,6 @@ def _answered(sending: asyncio.Future[Any], future: asyncio.Future[T], use: Call
 
     sending.add_done_callback(done)
     return future
-
-
-def _open_servers(url: RedisUrl, scripts: Scripts, backend: RedisBackend) -> Servers:
-    if url.kind == "cluster":
-        from .redis_cluster import ManyServers
-
-        return ManyServers(url, scripts, backend)
-    return OneServer(url, scripts, backend)
 
 
 def _digest(conversation: str, id: str) -> bytes:

@@ -49,7 +49,8 @@ RETIRE_S = 0.3
 HEDGE_S = 0.1
 """How long a server that is asked for the map is waited for before another is asked too."""
 
-ASK_S = 1.0
+ASK_S = 2.0
+"""And how long all of them together; a connection that can't be made has said so by then."""
 
 RESYNC_S = 0.1
 """Channels of many slots that move one after the other are one reason to read again what was missed."""
@@ -236,14 +237,14 @@ class ManyServers:
             command.until = command.until or time.monotonic() + HOLD_S
 
     async def _let_go(self, slot: int, held: list[Command]) -> None:
-        """Carry out what is held one by one; once the slot's own server takes it as ever, all the rest."""
+        """Carry out what is held one by one; once the slot's own server sends none of it away, all the rest."""
         try:
             while (busy := self._who_has(slot)) is not None:
                 await busy.main.wait_landed(ASK_S)
             while held:
-                usual = await self._carry(held[0], aside=False)
+                settled = await self._carry(held[0], aside=False)
                 del held[0]
-                if usual:
+                if settled:
                     break
         finally:
             del self._held[slot]
@@ -256,7 +257,7 @@ class ManyServers:
         return next((node for node in nodes if any(command.slot == slot for command in node.main.flying)), None)
 
     async def _carry(self, command: Command, *, aside: bool) -> bool:
-        """Carry *command* to whoever takes it, until its time is up; True when that was its slot's server."""
+        """Carry *command* to whoever takes it, until its time is up; True when its slot's own server did, or failed."""
         command.until = command.until or time.monotonic() + HOLD_S
         asked: Address | None = None
         detours = 0
@@ -280,10 +281,10 @@ class ManyServers:
             except ClusterDownError as exc:
                 self._wake.set()
                 self._fail(command, BackendUnavailable(self._url.text, explain(exc)))
-                return False
+                return True
             except BackendError as exc:
                 self._fail(command, exc)
-                return False
+                return asked is None
             else:
                 if not command.future.done():
                     command.future.set_result(result)

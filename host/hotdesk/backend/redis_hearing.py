@@ -22,6 +22,7 @@ from .redis_members import Members
 from .redis_partitions import Fence, Partition, swallow
 from .redis_reading import Reading
 from .redis_servers import Servers
+from .redis_shelf import RedisShelf
 
 __all__ = ["Head", "Hearing"]
 
@@ -67,6 +68,7 @@ class Hearing(Reading):
 
     me: str
     members: Members
+    shelf: RedisShelf
     _servers: Servers
     _metrics: Metrics
     _loop: asyncio.AbstractEventLoop
@@ -184,6 +186,9 @@ class Hearing(Reading):
             del self._answers[token]
 
     def on_news(self, channel: str, data: bytes) -> None:
+        if channel == self.shelf.channel:
+            self.shelf.on_news(data)
+            return
         if self._listener is None:
             return
         try:
@@ -266,6 +271,9 @@ class Hearing(Reading):
             listener.hear_entry(entry, owned=False, deliver=False)
 
     def on_confirmed(self, channel: str) -> None:
+        if channel == self.shelf.channel:
+            self.shelf.on_confirmed()
+            return
         place = self._channels.get(channel)
         if place is None or self._listener is None:
             return

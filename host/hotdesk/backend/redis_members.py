@@ -37,6 +37,8 @@ QUIET_S = 10.0
 HOLD_S = 2.0
 """Then nothing new of it is begun; what still runs after so long begins anew at its next owner."""
 
+GIVE_AGAIN_S = 0.1
+
 SETTLE_S = 5.0
 """How long a start waits for its share of partitions."""
 
@@ -97,6 +99,9 @@ class Members:
 
         partitions.on_robbed = self._robbed
         self._settled = False
+        self._share: list[Partition] = []
+        """What should be this worker's, with those who were alive when that was last worked out."""
+
         self._task: asyncio.Task[None] | None = None
         self._leaving = False
         self._taking = False
@@ -130,8 +135,8 @@ class Members:
                 pass
             self._wake.clear()
             try:
-                changed = await self._beat()
-                if changed or not self._settled:
+                await self._beat()
+                if not self._settled or not all(partition.mine for partition in self._share):
                     await self._plan()
                 await self._sweep()
                 self.on_beat()
@@ -194,17 +199,17 @@ class Members:
         self._taking = True
         try:
             names = tuple(self.alive)
-            missing = []
+            share = []
             for partition in self._partitions.all:
                 to = self.owner_of(partition.number, names) if names else self._me
                 if to == self._me:
-                    if not partition.mine and not partition.loading:
-                        missing.append(partition)
+                    share.append(partition)
                 elif partition.mine and partition.giving is None:
                     partition.giving = self._partitions.spawn(self._hand_over(partition))
-            self._settled = not missing
-            if missing:
-                self._settled = await self._take(missing)
+            self._share = share
+            missing = [partition for partition in share if not partition.mine and not partition.loading]
+            settled = not missing or await self._take(missing)
+            self._settled = settled and names == tuple(self.alive)  # somebody may have come meanwhile
         finally:
             self._taking = False
 
@@ -244,8 +249,12 @@ class Members:
 
     def given(self, partition: Partition, epoch: str, by: str) -> None:
         """Another worker handed *partition* to this one."""
-        if partition.mine or partition.loading or self._leaving:
+        if partition.loading or self._leaving:
             return
+        if partition.mine:
+            if partition.epoch == epoch:
+                return
+            self._partitions.lose(partition)  # it was stopped, and has not noticed yet that another had it meanwhile
         partition.loading = True
 
         async def load() -> None:
@@ -268,6 +277,8 @@ class Members:
         except BackendError:
             self._settled = False
         finally:
+            if partition.holding and partition.mine:  # what came meanwhile was not begun
+                self._partitions.doubtful.add(partition)
             partition.holding = False
             partition.giving = None
 
@@ -279,10 +290,22 @@ class Members:
         if to == self._me:  # whoever it was for has gone meanwhile
             given.set_result(0)
             return given
-        epoch = partition.epoch
+        epoch, begun = partition.epoch, tuple(partition.open)
         self._partitions.lose(partition)
         self.hand_overs += 1
-        return self._calls.script("give", partition.slot, (partition.own,), partition.base, self._me, epoch, to)
+        return self._partitions.spawn(self._say_given(partition, epoch, to, begun))
+
+    async def _say_given(self, partition: Partition, epoch: str | None, to: str, begun: tuple[int, ...]) -> None:
+        """Have it in Redis that *partition* is another's, however long that takes: until then nobody runs it."""
+        while True:
+            try:
+                keys = (partition.own, partition.keys["in"], partition.keys["tries"])
+                await self._calls.script("give", partition.slot, keys, partition.base, self._me, epoch, to, *begun)
+                return
+            except BackendUnavailable:
+                if self._leaving:
+                    raise  # the lease runs out
+                await asyncio.sleep(GIVE_AGAIN_S)
 
     async def _give_when_quiet(self, partition: Partition, seconds: float) -> None:
         """Give it the moment nothing of it runs: not a tick later, for the next message may be there by then."""
@@ -311,6 +334,8 @@ class Members:
             await given
 
     async def _sweep(self) -> None:
+        doubtful, self._partitions.doubtful = self._partitions.doubtful, set()
+        await asyncio.gather(*(self._partitions.resync(partition) for partition in doubtful))
         every = self._partitions.all
         for _ in range(SWEEP):
             self._swept = (self._swept + 1) % len(every)

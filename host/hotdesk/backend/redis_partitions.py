@@ -90,13 +90,14 @@ class Fence:
         "partition",
         "seq",
         "tag",
+        "tracked",
         "tries",
         "unsure",
     )
 
     def __init__(
         self, partition: Partition, n: int, tag: str, *, conversation: str, seq: int, origin: str, chunks: bool,
-        tries: int = 0,
+        tries: int = 0, tracked: bool = False,
     ) -> None:  # fmt: skip
         self.partition = partition
         self.epoch = partition.epoch
@@ -107,6 +108,9 @@ class Fence:
         self.origin = origin
         self.chunks = chunks
         self.tries = tries
+        self.tracked = tracked
+        """It was begun before, and Redis has a count of the tries that may have ended their worker."""
+
         self.unsure = False
         """An end of it was sent and its answer never came."""
 
@@ -150,7 +154,7 @@ class Partition:
         """Conversations that somebody listens to here, and how many."""
 
         self.records: dict[str, ConversationRecord] = {}
-        self.waiting_record: dict[str, list[Callable[[ConversationRecord], None]]] = {}
+        self.waiting_record: dict[str, list[tuple[Callable[[ConversationRecord], None], Callable[[], None]]]] = {}
         self.keys = {name: self.base + name for name in ("in", "seen", "dlv", "tries", "dead")}
 
     @property
@@ -181,6 +185,9 @@ class Partitions:
         self._loop = asyncio.get_running_loop()
         self._warm = max(32, WARM // count)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.doubtful: set[Partition] = set()
+        """To be compared with Redis at the next beat: an answer was lost, or the last try failed."""
+
         self.listener: Listener
         self.on_robbed: Callable[[], None] = lambda: None
         """Told when a partition turns out to be another's, or nobody's."""
@@ -213,12 +220,18 @@ class Partitions:
                 self._begin_held(partition)
         else:
             partition.held[n] = begin
-            self._loop.call_later(GAP_S, self._look_for_gap, partition, partition.next)
+            self._expect(partition)
 
     def _begin_held(self, partition: Partition) -> None:
         while (begin := partition.held.pop(partition.next, None)) is not None:
             partition.next += 1
             begin(True)
+        if partition.held:
+            self._expect(partition)
+
+    def _expect(self, partition: Partition) -> None:
+        """Look for the next message in the stream unless its news comes soon."""
+        self._loop.call_later(GAP_S, self._look_for_gap, partition, partition.next)
 
     def _look_for_gap(self, partition: Partition, missing: int) -> None:
         if partition.mine and partition.held and partition.next == missing and not partition.loading:
@@ -226,12 +239,12 @@ class Partitions:
 
     def with_record(
         self, partition: Partition, conversation: str, record: ConversationRecord | None,
-        use: Callable[[ConversationRecord], None],
+        use: Callable[[ConversationRecord], None], lost: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """Call *use* with the conversation's record, after those who asked before."""
+        """Call *use* with the conversation's record, after those who asked before, or *lost* if it is lost first."""
         waiting = partition.waiting_record.get(conversation)
         if waiting is not None:
-            waiting.append(use)
+            waiting.append((use, lost))
             return
         known = partition.records.get(conversation)
         if known is None and record is not None:
@@ -239,7 +252,7 @@ class Partitions:
         if known is not None:
             use(known)
             return
-        partition.waiting_record[conversation] = [use]
+        partition.waiting_record[conversation] = [(use, lost)]
         self.spawn(self._load_record(partition, conversation, partition.epoch))
 
     def keep_record(self, partition: Partition, record: ConversationRecord) -> ConversationRecord:
@@ -259,16 +272,15 @@ class Partitions:
                 break
             except BackendError:
                 await asyncio.sleep(0.1)
-        waiting = partition.waiting_record.pop(conversation, [])
         if partition.epoch != epoch:
             return  # who owns it now runs them
         record = self.keep_record(partition, read_record(conversation, row))
-        for use in waiting:
+        for use, _ in partition.waiting_record.pop(conversation, []):
             use(record)
 
     def run(
         self, partition: Partition, message: Message, *, n: int, tag: str, origin: str, chunks: bool, opened: bool,
-        tries: int = 0,
+        tries: int = 0, tracked: bool = False,
     ) -> None:  # fmt: skip
         """Have the turn of a message that came from elsewhere begun."""
         conversation = message.conversation
@@ -277,11 +289,19 @@ class Partitions:
             if not partition.mine:
                 return
             fence = Fence(
-                partition, n, tag, conversation=conversation, seq=message.seq, origin=origin, chunks=chunks, tries=tries
-            )
+                partition, n, tag, conversation=conversation, seq=message.seq, origin=origin, chunks=chunks,
+                tries=tries, tracked=tracked,
+            )  # fmt: skip
+            attempt = max(tries + 1, 2 if tracked else 1)
             partition.open[n] = fence
             own = origin == self._me
-            self.listener.run(message, record, attempt=tries + 1, opened=opened, fence=fence, own=own)
+
+            def begin() -> None:
+                if partition.open.get(n) is fence:
+                    self.listener.run(message, record, attempt=attempt, opened=opened, fence=fence, own=own)
+
+            # not before those whose append was answered just now: who waits for the answer begins them in the next tick
+            self._loop.call_soon(begin, context=contextvars.Context())
 
         self.with_record(partition, conversation, None, use)
 
@@ -349,12 +369,13 @@ class Partitions:
         message = decode_entry(fields[b"b"])
         assert isinstance(message, Message)
         msgspec.structs.force_setattr(message, "seq", int(fields[b"s"]))
+        tracked = str(n).encode() in tries
         tried = int(tries.get(str(n).encode(), 0))
         is_head = heads is not None and message.conversation not in heads
         if heads is not None:
             heads.add(message.conversation)
         if is_head and tried < SUSPECT_TRIES:  # more often than that, each try is counted as it begins
-            tried += 1
+            tried, tracked = tried + 1, True
             counting = self._calls.command(partition.slot, "HINCRBY", partition.keys["tries"], str(n), 1, aside=False)
             counting.add_done_callback(swallow)
 
@@ -362,7 +383,7 @@ class Partitions:
             if now:
                 self.run(
                     partition, message, n=n, tag=fields[b"t"].decode(), origin=fields[b"o"].decode(),
-                    chunks=fields[b"w"] == b"1", opened=message.seq == 1 and not tried, tries=tried,
+                    chunks=fields[b"w"] == b"1", opened=message.seq == 1 and not tracked, tries=tried, tracked=tracked,
                 )  # fmt: skip
 
         return begin
@@ -386,7 +407,10 @@ class Partitions:
 
     async def resync(self, partition: Partition) -> None:
         """Compare what is open in Redis with what runs here: news may have been missed, or data lost."""
-        if not partition.mine or partition.done is not None or partition.loading:
+        if partition.done is not None:
+            self.doubtful.add(partition)  # what is in doubt since may not be in what is looked at now
+            return
+        if not partition.mine or partition.loading:
             return
         epoch = partition.epoch
         done: set[int] = set()
@@ -404,16 +428,18 @@ class Partitions:
                 if last < begun:
                     get_log().error("partition_went_back", partition=partition.number, to=last, was=begun)
                     partition.next = last + 1
-                self._catch_up(partition, page, tried, last, done)
                 if len(page) < PAGE:
+                    self._catch_up(partition, page, tried, last, done)
                     return
                 after = int(page[-1][0].partition(b"-")[0])
+                self._catch_up(partition, page, tried, after, done)
         except BackendUnavailable:
-            return  # the next connection begins with this again
+            self.doubtful.add(partition)
         finally:
             partition.done = None
 
     def _catch_up(self, partition: Partition, page: list[Any], tried: list[bytes], last: int, done: set[int]) -> None:
+        """Run what *page*, which shows all that is open up to the message *last*, has and this worker did not know."""
         tries = dict(zip(tried[::2], tried[1::2], strict=True))
         for entry in page:
             n = int(entry[0].partition(b"-")[0])
@@ -422,7 +448,9 @@ class Partitions:
                 continue
             begin = self._begin_of(partition, entry, tries, None)
             if n < partition.next:
-                if fence is None and not partition.holding and not self._waits(partition, entry):
+                if fence is not None:  # of a message that Redis lost: its number is another's by now
+                    del partition.open[n]
+                if not partition.holding and not self._waits(partition, entry):
                     begin(True)
             elif n <= last:
                 partition.held.setdefault(n, begin)
@@ -450,7 +478,10 @@ class Partitions:
         partition.holding = False
         partition.open.clear()
         partition.records.clear()
-        partition.waiting_record.clear()
+        waiting, partition.waiting_record = partition.waiting_record, {}
+        for uses in waiting.values():
+            for _, lost in uses:
+                lost()
         self._release_held(partition)
         self.listener.drop(lambda conversation: self.of(conversation) is partition)
         self.on_change(partition)

@@ -11,7 +11,7 @@ from redis.asyncio.connection import Connection
 from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from ..errors import BackendError
+from ..errors import BackendUnavailable
 from .redis_url import RedisUrl
 from .redis_wire import Command, Lane, Scripts, connect
 
@@ -36,7 +36,7 @@ class Sentinels:
         self._url = url
         self._bare = dataclasses.replace(url, user=None, password=None, database=0)
         self._lanes = [
-            Lane(lambda at=at: self._open(*at), name=f"{url.text} (sentinel {at[0]}:{at[1]})", scripts=scripts)  # type: ignore[misc]
+            Lane(lambda at=at: self._open(*at), name=url.text, scripts=scripts)  # type: ignore[misc]
             for at in url.hosts
         ]
 
@@ -78,7 +78,11 @@ class Sentinels:
                 one.cancel()
         answers = [one.result() for one in asked if one.done() and not one.cancelled() and one.exception() is None]
         if not answers:
-            raise RedisConnectionError("; ".join(dict.fromkeys(map(_reason, asked))))
+            reasons = (
+                f"sentinel {host}:{port}: {_reason(one)}"
+                for (host, port), one in zip(self._url.hosts, asked, strict=True)
+            )
+            raise RedisConnectionError("; ".join(reasons))
         epoch, up, host, port = max(answers)
         if epoch < self._epoch and time.monotonic() < self._heard_at + STALE_S:
             raise RedisConnectionError("only sentinels that know an older master answer")
@@ -110,4 +114,6 @@ class Sentinels:
 def _reason(asked: asyncio.Future[Any]) -> str:
     """Why a sentinel gave no answer."""
     exc = asked.exception() if asked.done() and not asked.cancelled() else None
-    return str(exc) if isinstance(exc, BackendError) else "a sentinel does not answer"
+    if isinstance(exc, BackendUnavailable):
+        return exc.reason
+    return "it does not answer" if exc is None else str(exc)

@@ -13,7 +13,7 @@ from .redis_sentinel import Sentinels
 from .redis_url import RedisUrl
 from .redis_wire import CONNECT_S, Command, Lane, Scripts, connect, own_task
 
-__all__ = ["Hears", "OneServer", "Servers"]
+__all__ = ["Hears", "OneServer", "Servers", "open_servers"]
 
 LOOK_S = 0.25
 """How often the sentinels are asked whether the master is still the one that is connected to. One that was replaced
@@ -152,3 +152,12 @@ class OneServer:
         await self._aside.aclose()
         if self._sentinels is not None:
             await self._sentinels.aclose()
+
+
+def open_servers(url: RedisUrl, scripts: Scripts, hears: Hears) -> Servers:
+    """The servers of *url*; each is connected to when it is needed."""
+    if url.kind == "cluster":
+        from .redis_cluster import ManyServers  # which imports this module
+
+        return ManyServers(url, scripts, hears)
+    return OneServer(url, scripts, hears)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -55,7 +56,13 @@ class RedisUrl:
 
 def read_redis_url(url: str) -> RedisUrl:
     """Read a backend URL. Raises `BackendError`, without the password, when it can't be used."""
-    parts = urlsplit(url)
+    hidden = f"backend {url.partition(':')[0]}://…"  # while nobody knows yet where in it the password is
+    try:
+        parts = urlsplit(url)
+    except ValueError as exc:
+        raise BackendError(f"{hidden}: {exc}; {_FORM}") from None
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise BackendError(f"{hidden}: write / ? # and @ as %2F %3F %23 and %40 in a user, a password or a file's name")
     kind = _KINDS.get(parts.scheme)
     login, at, places = parts.netloc.rpartition("@")
     shown = f"{parts.scheme}://{places}{parts.path}"
@@ -89,6 +96,8 @@ def read_redis_url(url: str) -> RedisUrl:
     partitions = _number(given.pop("partitions", str(PARTITIONS)), "partitions", 1, 4096, wrong)
     replicas = _number(given.pop("replicas", "0"), "replicas", 0, 16, wrong)
     ca = given.pop("ca", None)
+    if ca is not None and not os.access(ca, os.R_OK):
+        raise wrong(f"ca={ca} can't be read")
     if given:
         raise wrong(f"it knows no {next(iter(given))}; there are prefix, partitions, replicas and ca")
     return RedisUrl(

@@ -22,6 +22,7 @@ from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
+    DataError,
     MovedError,
     NoPermissionError,
     NoScriptError,
@@ -36,6 +37,9 @@ from ..errors import BackendError, BackendUnavailable
 from .redis_url import RedisUrl
 
 __all__ = ["CONNECT_S", "MISPLACED", "Command", "Lane", "Scripts", "connect", "explain", "own_task"]
+
+LOADS = 3
+"""How often scripts are loaded for one command before it fails."""
 
 BATCH = 512
 """How many commands travel together at the most."""
@@ -273,9 +277,14 @@ class Lane:
             confirm = self._replicas and any(command.writes for command in batch)
             if confirm:
                 commands.append(("WAIT", self._replicas, CONFIRM_MS))
+            try:
+                packed = connection.pack_commands(commands)
+            except (UnicodeError, DataError):
+                await self._exchange(self._sift(connection, batch))
+                return
             sent = True
             async with asyncio.timeout(ANSWER_S):
-                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                await connection.send_packed_command(packed, check_health=False)
                 for group in groups:
                     await _read_group(connection, group, results)
                 if confirm:
@@ -299,13 +308,24 @@ class Lane:
         if again:
             await self._load_scripts(again)
 
+    def _sift(self, connection: Connection, batch: list[Command]) -> list[Command]:
+        """What of *batch* can be sent; the rest fails by itself: text that UTF-8 can't say, or no text at all."""
+        sound = []
+        for command in batch:
+            try:
+                connection.pack_command(*command.args)
+                sound.append(command)
+            except (UnicodeError, DataError) as exc:
+                self._fail([command], exc)
+        return sound
+
     def _settle(self, batch: list[Command], results: list[Any], confirmed: int) -> list[Command]:
         """Tell everyone their answer; what has to be sent again comes back."""
         again: list[Command] = []
         elsewhere: list[tuple[Command, Exception]] = []
         for command, result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
-                if isinstance(result, NoScriptError) and not command.tries:
+                if isinstance(result, NoScriptError) and command.tries < LOADS:
                     again.append(command)
                     continue
                 if self._misplaced is not None and isinstance(result, MISPLACED):
@@ -328,7 +348,7 @@ class Lane:
 
     def _failure(self, exc: Exception) -> Exception:
         text = str(exc)
-        away = (ReadOnlyError, BusyLoadingError, OutOfMemoryError, NoPermissionError, *MISPLACED)
+        away = (ReadOnlyError, BusyLoadingError, NoScriptError, OutOfMemoryError, NoPermissionError, *MISPLACED)
         if isinstance(exc, away) or text.startswith(("MISCONF", "NOREPLICAS", "LOADING", "OOM", "UNBLOCKED", "BUSY")):
             return BackendUnavailable(self._name, explain(exc))
         return BackendError(f"backend {self._name}: {text}")

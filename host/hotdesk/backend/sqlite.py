@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
-import queue
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,24 +25,14 @@ from . import Appended, ConversationRecord, DeadLetter, Entry, Listener, Outcome
 from .lock import FileLock
 from .sqlite_journal import Append, Journal, record_of
 from .sqlite_schema import migrate
+from .sqlite_writer import BUSY_TIMEOUT_MS, GroupWriter, connect, explain
 
 __all__ = ["SqliteBackend"]
 
 T = TypeVar("T")
 
-_Write = tuple[Callable[[Journal], Any], asyncio.Future[Any]]
-
-GROUP = 512
-"""How many writes one commit takes at the most: bounds how long the first of a burst waits for the last."""
-
 PING_BYTES = 16 * 1024
 """What a ping writes, ever other bytes, for SQLite skips a page that stays the same: a full disk is not ready."""
-
-LOOK_S = 0.5
-"""How often the writer looks whether its file is still there."""
-
-BUSY_TIMEOUT_MS = 2_000
-"""How long another program's lock on the file is waited for."""
 
 _decode_message = msgspec.json.Decoder(Message).decode
 _decode_reply = msgspec.json.Decoder(StoredReply).decode
@@ -55,6 +43,7 @@ class SqliteBackend:
 
     durability = "sqlite WAL, synchronous=FULL: accepted is on disk"
     warnings: tuple[str, ...] = ()
+    shelf = None
     alone = True
 
     def __init__(self, path: str, metrics: Metrics) -> None:
@@ -62,19 +51,15 @@ class SqliteBackend:
         self._path = path
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._stopping = False
         self._listener: Listener | None = None
-        self._inode = 0
-        self._looked_at = 0.0
-        self._replaced = False
         self._lock = FileLock(Path(f"{os.path.realpath(path)}.lock"))
         self._db: sqlite3.Connection
         self._journal: Journal
         self._readers = concurrent.futures.ThreadPoolExecutor(2, "hotdesk-read", initializer=self._open_reader)
         self._local = threading.local()
         self._opened: list[sqlite3.Connection] = []
-        self._thread = threading.Thread(target=self._write, name="hotdesk-journal", daemon=True)
+        self._writer = GroupWriter[Journal](self.url, path, name="hotdesk-journal", on_group=self._count)
 
     @classmethod
     async def open(cls, path: str, metrics: Metrics) -> SqliteBackend:
@@ -83,8 +68,8 @@ class SqliteBackend:
             backend._db = await asyncio.to_thread(backend._connect)
             backend._journal = await asyncio.to_thread(Journal, backend._db)
         except (sqlite3.Error, OSError) as exc:
-            raise BackendError(f"backend {backend.url}: {_explain(exc)}") from exc
-        backend._thread.start()
+            raise BackendError(f"backend {backend.url}: {explain(exc)}") from exc
+        backend._writer.start(backend._journal.transact)
         return backend
 
     def _connect(self) -> sqlite3.Connection:
@@ -92,20 +77,13 @@ class SqliteBackend:
             raise BackendError(f"SQLite is {sqlite3.sqlite_version}; hotdesk needs 3.35 or newer")
         Path(self._path).parent.mkdir(parents=True, exist_ok=True)
         self._lock.acquire(lambda holder: BackendError(f"backend {self.url}: another hotdesk has it open ({holder})"))
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, cached_statements=128)
+        db: sqlite3.Connection | None = None
         try:
-            for setting in (
-                f"busy_timeout={BUSY_TIMEOUT_MS}",
-                "journal_mode=WAL",
-                "synchronous=FULL",
-                "cache_size=-65536",
-                "wal_autocheckpoint=4000",
-            ):  # read to the end, for one that a look at the heap keeps alive would be in the way of a commit
-                db.execute(f"PRAGMA {setting}").fetchall()
+            db = connect(self._path, cache_kib=65536)
             migrate(db, self.url)
-            self._inode = os.stat(self._path).st_ino
         except BaseException:
-            db.close()
+            if db is not None:
+                db.close()
             self._lock.release()
             raise
         return db
@@ -116,88 +94,23 @@ class SqliteBackend:
             clean = self._submit(lambda journal: journal.put("", "clean", b"1"))
             clean.add_done_callback(lambda done: done.exception())
         self._stopping = True
-        self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await self._writer.aclose()
         self._readers.shutdown(wait=True)
         for connection in self._opened:
             connection.close()
         self._db.close()
         self._lock.release()
 
-    # -- the writer thread -----------------------------------------------------------------------------------
+    # -- writes ----------------------------------------------------------------------------------------------
 
     def _submit(self, work: Callable[[Journal], T]) -> asyncio.Future[T]:
-        future: asyncio.Future[T] = self._loop.create_future()
-        if self._stopping:
-            future.set_exception(BackendUnavailable(self.url, "the host is stopping"))
-        else:
-            self._queue.put((work, future))
-        return future
+        return self._writer.submit(work)
 
-    def _next_group(self) -> list[_Write]:
-        """Wait for a write, and take what else has come by then; empty when it is time to stop."""
-        group: list[_Write] = []
-        item = self._queue.get()
-        try:
-            while item is not None:
-                group.append(item)
-                if len(group) == GROUP:
-                    return group
-                item = self._queue.get_nowait()
-        except queue.Empty:
-            return group
-        if group:
-            self._queue.put(None)  # the call to stop, for when these are on disk
-        return group
-
-    def _write(self) -> None:
-        while group := self._next_group():
-            started = time.perf_counter()
-            results = self._commit(group)
-            took = time.perf_counter() - started
-            try:
-                self._loop.call_soon_threadsafe(self._settle, group, results, took)
-            except RuntimeError:
-                return  # the loop is gone: nobody waits
-
-    def _is_replaced(self) -> bool:
-        """Whether the file is not the one that was opened: what is written then is gone with the last process."""
-        now = time.monotonic()
-        if now - self._looked_at > LOOK_S:
-            self._looked_at = now
-            try:
-                self._replaced = os.stat(self._path).st_ino != self._inode
-            except OSError:
-                self._replaced = True
-        return self._replaced
-
-    def _commit(self, group: list[_Write]) -> list[Any]:
-        """One transaction for all; if that fails, one for each, so that a bad write harms nobody else's."""
-        if self._is_replaced():
-            failure = BackendUnavailable(self.url, "its file was deleted or replaced under the host; start it again")
-            return [failure] * len(group)
-        try:
-            return self._journal.transact([work for work, _ in group])
-        except sqlite3.Error as exc:
-            if len(group) == 1 or _is_everybodys(exc):
-                failure = BackendUnavailable(self.url, _explain(exc))
-                return [failure] * len(group)
-        except Exception as exc:  # a fault of ours in one write must not take the writer thread with it
-            if len(group) == 1:
-                return [exc]
-        return [result for item in group for result in self._commit([item])]
-
-    def _settle(self, group: list[_Write], results: list[Any], took: float) -> None:
+    def _count(self, writes: int, took: float, failed: int) -> None:
         self._metrics.commits.observe(took)
-        self._metrics.commit_rows.inc(len(group))
-        for (_, future), result in zip(group, results, strict=True):
-            if future.done():
-                continue
-            if isinstance(result, BaseException):
-                self._metrics.backend_errors.inc()
-                future.set_exception(result)
-            else:
-                future.set_result(result)
+        self._metrics.commit_rows.inc(writes)
+        if failed:
+            self._metrics.backend_errors.inc(failed)
 
     async def start(self, listener: Listener) -> int:
         self._listener = listener
@@ -311,7 +224,7 @@ class SqliteBackend:
         except msgspec.DecodeError as exc:
             raise BackendUnavailable(self.url, f"a row is damaged ({exc}); restore a backup of the file") from exc
         except (sqlite3.Error, concurrent.futures.BrokenExecutor, RuntimeError) as exc:
-            raise BackendUnavailable(self.url, _explain(exc)) from exc
+            raise BackendUnavailable(self.url, explain(exc)) from exc
 
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry] | None:
         def work(db: sqlite3.Connection) -> list[Entry] | None:
@@ -405,25 +318,3 @@ def _entry(kind: int, seq: int, body: bytes) -> Entry:
     if entry.seq != seq:
         msgspec.structs.force_setattr(entry, "seq", seq)
     return entry
-
-
-def _is_everybodys(exc: sqlite3.Error) -> bool:
-    """Whether a failure concerns the file and not one write in it."""
-    return isinstance(exc, sqlite3.OperationalError) or type(exc) is sqlite3.DatabaseError
-
-
-def _explain(exc: BaseException) -> str:
-    """The failure in words that say what to do."""
-    text = str(exc)
-    for sign, remedy in (
-        ("database or disk is full", "free some disk space; nothing of the message was kept"),
-        ("is locked", "another program holds a lock on the file; close it"),
-        ("file is not a database", "the file is damaged or no journal; move it away or restore a backup"),
-        ("malformed", "the file is damaged; restore a backup, or try `sqlite3 FILE .recover`"),
-        ("readonly", "the file or its folder can't be written; mend its permissions"),
-        ("unable to open", "the file or its folder can't be opened; mend its path or permissions"),
-        ("disk I/O error", "the disk failed a write or read; look at the system's log"),
-    ):
-        if sign in text:
-            return f"{text}: {remedy}"
-    return text or type(exc).__name__

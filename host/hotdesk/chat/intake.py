@@ -21,6 +21,7 @@ from .elsewhere import Elsewhere
 from .images import Images, Uploads
 from .outbox import Event, Outbox
 from .recent import Recent
+from .spool import Spool, Spooled
 from .turn import TurnRun
 from .turns import Turns, new_id
 
@@ -49,16 +50,19 @@ class Accepted(msgspec.Struct, frozen=True):
     turn: TurnRun | None
 
 
+Told = Callable[[Accepted | BaseException], None]
+OnSpooled = Callable[[Spooled], bool]
+
+
 class _Held:
     """A message that waits for its images to be kept, or behind one that does. `task` is None once it is ready."""
 
-    __slots__ = ("attachments", "channel", "door", "new", "problem", "task", "told")
+    __slots__ = ("attachments", "channel", "door", "new", "problem", "spooled", "task", "told")
 
-    def __init__(
-        self, new: NewMessage, told: Callable[[Accepted | BaseException], None], door: str, channel: str
-    ) -> None:
+    def __init__(self, new: NewMessage, told: Told, door: str, channel: str, spooled: OnSpooled | None) -> None:
         self.new = new
         self.told = told
+        self.spooled = spooled
         self.door = door
         self.channel = channel
         self.attachments: tuple[Attachment, ...] = ()
@@ -81,6 +85,7 @@ class Intake:
         background: Background,
         metrics: Metrics,
         max_turns: int,
+        spool: Spool | None = None,
     ) -> None:
         self._backend = backend
         self._images = images
@@ -91,6 +96,10 @@ class Intake:
         self._background = background
         self._metrics = metrics
         self._max_turns = max_turns
+        self._spool = spool
+        if spool is not None:
+            spool.begin = self._begin_spooled
+            spool.count_room = self._count_room
         self._loop = asyncio.get_running_loop()
         self._appending = 0
         self._ready = False
@@ -105,6 +114,8 @@ class Intake:
     def stop(self) -> None:
         """From now on they are refused with `stopping`, those too whose images are still being checked."""
         self._stopping = True
+        if self._spool is not None:
+            self._spool.stop()
         for lane in self._held.values():
             for held in lane:
                 self._appending -= 1
@@ -117,9 +128,9 @@ class Intake:
     def ready(self) -> bool:
         return self._ready and not self._stopping
 
-    def accept(self, new: NewMessage, *, door: str, channel: str = "") -> asyncio.Future[Accepted]:
+    def accept(self, new: NewMessage, *, door: str, channel: str = "") -> asyncio.Future[Accepted | Spooled]:
         """Keep *new* and begin its turn. Raises `DoorError` at once when it can't be taken; so may the future."""
-        accepted: asyncio.Future[Accepted] = self._loop.create_future()
+        accepted: asyncio.Future[Accepted | Spooled] = self._loop.create_future()
 
         def told(outcome: Accepted | BaseException) -> None:
             if accepted.done():
@@ -129,21 +140,30 @@ class Intake:
             else:
                 accepted.set_exception(outcome)
 
-        self.accept_nowait(new, told, door=door, channel=channel)
+        def spooled(outcome: Spooled) -> bool:
+            if not accepted.done():
+                accepted.set_result(outcome)
+            return False
+
+        self.accept_nowait(new, told, door=door, channel=channel, spooled=spooled)
         return accepted
 
     def accept_nowait(
-        self, new: NewMessage, told: Callable[[Accepted | BaseException], None], *, door: str, channel: str = ""
+        self, new: NewMessage, told: Told, *, door: str, channel: str = "", spooled: OnSpooled | None = None
     ) -> None:
-        """Like `accept`, with a callback: it is called before the turn's first step, so before any chunk."""
+        """Like `accept`, with a callback: it is called before the turn's first step, so before any chunk.
+
+        While the journal is away and there is a spool, *spooled* is called once the message is on this machine's disk;
+        it says whether *told* is still to be called, when the message is in the journal.
+        """
         if not self.ready:
             raise DoorError("stopping", "the host is not ready to take messages", retry_after_s=1)
         if self._turns.live + self._elsewhere.live + self._appending >= self._max_turns:
             raise DoorError("overloaded", f"{self._max_turns} turns are under way", retry_after_s=1)
         if new.attachments or (self._held and new.conversation in self._held):
-            self._hold(_Held(new, told, door, channel))
+            self._hold(_Held(new, told, door, channel, spooled))
         else:
-            self._append(new, (), told, door, channel)
+            self._append(new, (), told, door, channel, spooled)
 
     def _hold(self, held: _Held) -> None:
         """Append a message once its images are kept and those before it in its conversation are appended.
@@ -157,7 +177,7 @@ class Intake:
         lane = self._held.get(conversation)
         if isinstance(attachments, tuple):
             if lane is None:
-                self._append(held.new, attachments, held.told, held.door, held.channel)
+                self._append(held.new, attachments, held.told, held.door, held.channel, held.spooled)
                 return
             held.attachments = attachments
         if lane is None:
@@ -184,7 +204,7 @@ class Intake:
         problem = held.problem
         if problem is None:
             try:
-                self._append(held.new, held.attachments, held.told, held.door, held.channel)
+                self._append(held.new, held.attachments, held.told, held.door, held.channel, held.spooled)
             except Exception as exc:  # what the caller of `accept_nowait` would have got
                 problem = exc
         if problem is not None:
@@ -194,16 +214,17 @@ class Intake:
         self,
         new: NewMessage,
         attachments: tuple[Attachment, ...],
-        told: Callable[[Accepted | BaseException], None],
+        told: Told,
         door: str,
         channel: str,
+        spooled: OnSpooled | None,
     ) -> None:
         message = Message(
             new.id or new_id("m"), new.conversation, 0, new.text, new.sender, attachments, new.metadata, time.time()
         )
-        counter = self._doors.get(door)
-        if counter is None:
-            counter = self._doors[door] = self._metrics.messages.labels(door)
+        if self._spool is not None:
+            self._append_by(self._spool, message, new.locale, told, door, channel, spooled)
+            return
 
         def appended(future: asyncio.Future[Appended]) -> None:
             self._appending -= 1
@@ -211,7 +232,7 @@ class Intake:
             if exc is not None:
                 told(_refusal(exc))
                 return
-            counter.inc()
+            self._count(door)
             told(self._begin(message, future.result()))
 
         appending = self._backend.append(
@@ -219,6 +240,55 @@ class Intake:
         )
         self._appending += 1
         appending.add_done_callback(appended)
+
+    def _append_by(
+        self,
+        spool: Spool,
+        message: Message,
+        locale: str | None,
+        told: Told,
+        door: str,
+        channel: str,
+        spooled: OnSpooled | None,
+    ) -> None:
+        """As `_append`, with a spool for when the journal is away."""
+        under_way = True
+
+        def settle() -> None:
+            nonlocal under_way
+            if under_way:
+                under_way = False
+                self._appending -= 1
+
+        def appended(outcome: Appended | BaseException) -> None:
+            settle()
+            if isinstance(outcome, BaseException):
+                told(_refusal(outcome))
+            else:
+                self._count(door)
+                told(self._begin(message, outcome))
+
+        def kept(outcome: Spooled) -> bool:
+            settle()
+            return spooled is None or spooled(outcome)
+
+        spool.take(message, channel=channel, locale=locale, door=door, told=appended, spooled=kept)
+        self._appending += 1
+
+    def _begin_spooled(self, message: Message, appended: Appended, door: str) -> None:
+        self._count(door)
+        self._begin(message, appended)
+
+    def _count_room(self) -> int:
+        """How many turns of spooled messages may begin: half of all is for those that come in now."""
+        live = self._turns.live + self._elsewhere.live + self._appending
+        return max(self._max_turns // 2 - live, 0 if live else 1)
+
+    def _count(self, door: str) -> None:
+        counter = self._doors.get(door)
+        if counter is None:
+            counter = self._doors[door] = self._metrics.messages.labels(door)
+        counter.inc()
 
     def _begin(self, message: Message, appended: Appended) -> Accepted:
         if appended.duplicate:

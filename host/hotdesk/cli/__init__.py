@@ -1,7 +1,7 @@
 """The command line: `hotdesk` and its commands.
 
-This room owns what people type and what they read back. `run` and `check` build a desk in this process;
-every other command is a client, or writes files, and needs nothing of the host's insides.
+This room owns what people type and what they read back. `run` and `check` build a desk in this process, `push` speaks
+to its Redis; every other command is a client, or writes files, and needs nothing of the host's insides.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from .chat import chat
 from .check import check
 from .dead_letters import dead_letters
 from .plugins import plugins
+from .push import push
 from .restart import restart
 from .run import run
 from .scaffold import init, new
@@ -23,6 +24,7 @@ _CHAPTERS = {
     "Serve": ("run", "init"),
     "Write plugins": ("new", "check"),
     "Work with a running host": ("plugins", "chat", "workers", "restart", "dead-letters"),
+    "Work with many hosts": ("push",),
 }
 
 _EPILOG = """\b
@@ -33,6 +35,7 @@ Examples:
   hotdesk check plugins/hours                    what does it hook and ask for?
   hotdesk plugins                                what serves, in which generation
   hotdesk plugins rollback faq                   back to the version before
+  hotdesk push plugins/faq.py --to redis://…     the same on every host
   hotdesk restart                                all workers anew, one by one
   hotdesk plugins --json | jq '.plugins[].name'  for scripts
 
@@ -82,5 +85,5 @@ def main() -> None:
     """
 
 
-for _command in (run, init, new, check, plugins, chat, workers, restart, dead_letters):
+for _command in (run, init, new, check, push, plugins, chat, workers, restart, dead_letters):
     main.add_command(_command)

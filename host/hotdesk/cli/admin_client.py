@@ -10,7 +10,7 @@ import difflib
 import os
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -22,7 +22,10 @@ __all__ = [
     "Action",
     "AdminClient",
     "ClientFailed",
+    "Elsewhere",
     "HostAbsent",
+    "Listing",
+    "OnHost",
     "Plugin",
     "PluginFailure",
     "UrlInvalid",
@@ -35,6 +38,8 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 
 # A load that waits for a slow setup() is still an answer to come; a host that says nothing for longer is stuck.
 TIMEOUT_S = 60.0
+
+T = TypeVar("T")
 
 Action = Literal["reload", "enable", "disable", "rollback"]
 
@@ -89,6 +94,39 @@ class Kept(msgspec.Struct, frozen=True):
     at: float | str | None = None
 
 
+class Pushed(msgspec.Struct, frozen=True):
+    """The newest version that was pushed for all hosts."""
+
+    hash: str = ""
+    version: str = ""
+    at: float = 0.0
+    by: str = ""
+    removed: bool = False
+
+
+class OnHost(msgspec.Struct, frozen=True):
+    """How one of several hosts stands to a plugin."""
+
+    host: str
+    workers: int = 1
+    stand: str | None = None
+    why: str = ""
+    state: str = ""
+    generation: int | None = None
+    version: str | None = None
+    hash: str = ""
+    lags: bool = False
+
+
+class Elsewhere(msgspec.Struct, frozen=True):
+    """A plugin that the host which answers does not have."""
+
+    name: str
+    raw: dict[str, Any]
+    pushed: Pushed | None = None
+    hosts: tuple[OnHost, ...] = ()
+
+
 class Plugin(msgspec.Struct, frozen=True):
     """One plugin as the host reports it; `raw` is the report itself, with what is not named here."""
 
@@ -117,6 +155,15 @@ class Plugin(msgspec.Struct, frozen=True):
     leftovers: tuple[str, ...] = ()
     config: dict[str, Any] = {}
     workers: tuple[dict[str, Any], ...] = ()
+    pushed: Pushed | None = None
+    hosts: tuple[OnHost, ...] = ()
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """All plugins: those of the host that answers, and those that only others have or should have."""
+
+    plugins: list[Plugin]
+    elsewhere: list[Elsewhere]
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -171,16 +218,21 @@ class AdminClient:
 
     async def plugins(self) -> list[Plugin]:
         """All plugins that the host knows, in its order."""
+        return (await self.list_plugins()).plugins
+
+    async def list_plugins(self) -> Listing:
+        """All plugins that the host knows, in its order, and those that it knows other hosts to have."""
         answer = await self._call("GET", "/admin/plugins")
-        return [self._read(item) for item in answer.get("plugins", ())]
+        plugins = [self._read(item, Plugin) for item in answer.get("plugins", ())]
+        return Listing(plugins, [self._read(item, Elsewhere) for item in answer.get("elsewhere", ())])
 
     async def plugin(self, name: str) -> Plugin:
         """One plugin with everything there is to know about it."""
-        return self._read(await self._about(name, "GET", f"/admin/plugins/{quote(name, safe='')}"))
+        return self._read(await self._about(name, "GET", f"/admin/plugins/{quote(name, safe='')}"), Plugin)
 
     async def act(self, name: str, action: Action) -> Plugin:
         """Do *action* to a plugin and return how it stands after that."""
-        return self._read(await self._about(name, "POST", f"/admin/plugins/{quote(name, safe='')}/{action}"))
+        return self._read(await self._about(name, "POST", f"/admin/plugins/{quote(name, safe='')}/{action}"), Plugin)
 
     async def workers(self) -> WorkersReport:
         """All worker processes, and how the last restart went."""
@@ -244,9 +296,9 @@ class AdminClient:
         except msgspec.DecodeError as exc:
             raise _not_hotdesk(self.url, f"its answer is not hotdesk's: {exc}") from exc
 
-    def _read(self, raw: dict[str, Any]) -> Plugin:
+    def _read(self, raw: dict[str, Any], kind: type[T]) -> T:
         try:
-            return msgspec.convert({**raw, "raw": raw}, Plugin)
+            return msgspec.convert({**raw, "raw": raw}, kind)
         except msgspec.ValidationError as exc:
             raise _not_hotdesk(self.url, f"its answer is not understood: {exc}") from exc
 

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..logs import configure_logs
 from ..runtime.sources import find_sources
 
-__all__ = ["check"]
+__all__ = ["check", "check_one", "plugins_at"]
 
 
 @click.command()
@@ -35,8 +35,8 @@ def check(paths: tuple[Path, ...], as_json: bool) -> None:
     """
     configure_logs("json", "error")
     failed = False
-    for path in dict.fromkeys(found for given in paths for found in _plugins_at(given)):
-        found = asyncio.run(_check(path.absolute()))
+    for path in dict.fromkeys(found for given in paths for found in plugins_at(given)):
+        found = asyncio.run(check_one(path.absolute()))
         failed = failed or found["error"] is not None
         if as_json:
             click.echo(msgspec.json.encode(found).decode())
@@ -45,7 +45,7 @@ def check(paths: tuple[Path, ...], as_json: bool) -> None:
     sys.exit(1 if failed else 0)
 
 
-def _plugins_at(path: Path) -> list[Path]:
+def plugins_at(path: Path) -> list[Path]:
     """The plugins that a path names: itself; a manifest's plugin; or all in a folder of plugins."""
     if path.suffix == ".toml":
         if path.name == "plugin.toml":
@@ -57,7 +57,8 @@ def _plugins_at(path: Path) -> list[Path]:
     return [path]
 
 
-async def _check(path: Path) -> dict[str, Any]:
+async def check_one(path: Path) -> dict[str, Any]:
+    """What one plugin hooks and asks for; `error` is None, or why it would not serve."""
     if path.name in ("__init__.py", "plugin.wasm"):
         path = path.parent
     name = path.name if path.is_dir() else path.stem

@@ -15,9 +15,7 @@ from .target import Target, host_options, make_console, print_json
 __all__ = ["dead_letters"]
 
 
-@click.group(
-    "dead-letters", invoke_without_command=True, short_help="Messages that were given up."
-)
+@click.group("dead-letters", invoke_without_command=True, short_help="Messages that were given up.")
 @host_options
 @click.pass_context
 def dead_letters(context: click.Context, url: str, token: str | None, as_json: bool) -> None:

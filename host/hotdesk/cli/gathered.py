@@ -10,12 +10,13 @@ from .receipts import event_line
 
 __all__ = ["Gathered"]
 
-WAIT_S = 1.0
+WAIT_S = 2.0
 """How long an event of one worker waits for the same of the others. A swap takes them some 20 ms."""
 
 SHARED = {
     "plugin_loaded", "plugin_swapped", "plugin_failed", "plugin_rolled_back", "plugin_unloaded", "plugin_disabled",
     "plugin_configured", "plugin_pending", "plugin_waiting", "settings_failed", "llm_configured",
+    "push_taken", "push_removed", "push_refused",
 }  # fmt: skip
 """Events of what is done in every worker: a saved file, a changed setting, a command."""
 

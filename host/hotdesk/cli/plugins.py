@@ -14,7 +14,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from .admin_client import Action, AdminClient, Plugin, PluginFailure
+from .admin_client import Action, AdminClient, Elsewhere, OnHost, Plugin, PluginFailure
 from .receipts import one_line, receipt_line
 from .target import Target, host_options, make_console, print_json
 
@@ -132,13 +132,19 @@ _action(
 
 
 def _list(target: Target) -> None:
-    found = target.ask(AdminClient.plugins)
+    listing = target.ask(AdminClient.list_plugins)
     if target.as_json:
-        print_json({"plugins": [plugin.raw for plugin in found]})
-    elif not found:
+        answer = {"plugins": [plugin.raw for plugin in listing.plugins]}
+        if listing.elsewhere:
+            answer["elsewhere"] = [plugin.raw for plugin in listing.elsewhere]
+        print_json(answer)
+        return
+    if listing.plugins:
+        _print_table(listing.plugins)
+    elif not listing.elsewhere:
         make_console().print("No plugins. `hotdesk new NAME` writes one; saved is live.")
-    else:
-        _print_table(found)
+    for plugin in listing.elsewhere:
+        make_console().print(_elsewhere(plugin))
 
 
 # -- how it looks ------------------------------------------------------------------------------------------
@@ -146,12 +152,15 @@ def _list(target: Target) -> None:
 
 def _print_table(found: list[Plugin]) -> None:
     console = make_console()
-    heads = ("PLUGIN", "STATE", "GEN", "ORDER", "CALLS", "FAILED", "HOOKS")
+    heads: tuple[str, ...] = ("PLUGIN", "STATE", "GEN", "ORDER", "CALLS", "FAILED", "HOOKS")
     rows = [_row(plugin) for plugin in found]
+    if any(len(plugin.hosts) > 1 for plugin in found):
+        heads = (*heads[:3], "HOSTS", *heads[3:])
+        rows = [(*row[:3], _hosts(plugin), *row[3:]) for row, plugin in zip(rows, found, strict=True)]
     if console.is_terminal:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for head in heads:
-            numeric = head in ("GEN", "ORDER", "CALLS", "FAILED")
+            numeric = head in ("GEN", "HOSTS", "ORDER", "CALLS", "FAILED")
             table.add_column(head, justify="right" if numeric else "left", no_wrap=head != "HOOKS")
         for row in rows:
             table.add_row(*row)
@@ -196,6 +205,7 @@ def _notes(plugin: Plugin) -> list[Text]:
         notes.append(_note(plugin, "red", f"{_failure(plugin.name, plugin.error)}{serving}"))
     for worker, how in _lags(plugin).items():
         notes.append(_note(plugin, "red", f"worker {worker} {how}"))
+    notes += [_note(plugin, "yellow", f"{host.host} lags: {_stand(host)}") for host in plugin.hosts if host.lags]
     if plugin.pending:
         notes.append(_note(plugin, "cyan", f"has changed; it waits for `hotdesk plugins reload {plugin.name}`"))
     if plugin.waiting_for:
@@ -232,6 +242,30 @@ def _lags(plugin: Plugin) -> dict[int, str]:
             rest = "" if usual[0] is None or usual[0] == generation else f", the others {usual[0]}"
             lags[row["worker"]] = serves + rest + (f": {failure}" if failure else "")
     return lags
+
+
+def _hosts(plugin: Plugin) -> Text:
+    """How many hosts have it, and how many of them stand as they should."""
+    lagging = sum(host.lags for host in plugin.hosts)
+    if lagging:
+        return Text(f"{len(plugin.hosts) - lagging} of {len(plugin.hosts)}", style="yellow")
+    return Text(str(len(plugin.hosts)) if plugin.hosts else "-")
+
+
+def _stand(host: OnHost) -> str:
+    """How a host stands, in words."""
+    serves = "serves none" if host.generation is None else f"serves generation {host.generation} {host.hash[:12]}"
+    several = f" in {host.workers} workers" if host.workers > 1 else ""
+    if not host.lags:
+        return f"{serves}{several}{f'; {host.why}' if host.why else ''}"
+    return f"{serves}{several}; {host.stand}: {host.why}"
+
+
+def _elsewhere(plugin: Elsewhere) -> Text:
+    """A plugin that other hosts have, and this one does not."""
+    hosts = "; ".join(f"{host.host} {_stand(host)}" for host in plugin.hosts)
+    text = f"is not here; {hosts}" if hosts else "is not here, and no host says that it has it"
+    return Text.assemble((f"{one_line(plugin.name)}: ", "bold yellow"), (one_line(text), "yellow"))
 
 
 def _note(plugin: Plugin, style: str, text: str) -> Text:
@@ -283,6 +317,11 @@ def _print_one(plugin: Plugin) -> None:
         facts.insert(3, ("component", text))
     if plugin.receipt:
         facts.append(("last swap", receipt_line(plugin.receipt)))
+    if plugin.pushed:
+        pushed = plugin.pushed
+        what = "removed" if pushed.removed else f"{pushed.hash[:12]}  {pushed.version}"
+        facts.append(("pushed", f"{what}  {_when(pushed.at)} by {pushed.by}"))
+    facts += [("hosts" if i == 0 else "", f"{host.host}  {_stand(host)}") for i, host in enumerate(plugin.hosts)]
     facts += [("kept" if i == 0 else "", line) for i, line in enumerate(_kept(plugin))]
     facts += [
         ("config" if i == 0 else "", f"{one_line(key)} = {one_line(msgspec.json.encode(value).decode())}")

@@ -122,6 +122,24 @@ def _waiting(event: Mapping[str, Any]) -> str:
     return f"{_who(event)} waits for {one_line(event.get('waiting_for', '?'))}, which it requires"
 
 
+def _by(event: Mapping[str, Any]) -> str:
+    return f", pushed by {one_line(event['by'])}" if event.get("by") else ""
+
+
+def _push_taken(event: Mapping[str, Any]) -> str:
+    name, version = one_line(event.get("plugin") or "?"), one_line(event.get("version") or "")
+    return f"{name} {version} ({one_line(event.get('hash', '?'))}) is here{_by(event)}"
+
+
+def _push_removed(event: Mapping[str, Any]) -> str:
+    by = f" by {one_line(event['by'])}" if event.get("by") else ""
+    return f"{_who(event)} was removed from all hosts{by}"
+
+
+def _push_refused(event: Mapping[str, Any]) -> str:
+    return f"{_who(event)} was not taken{_why(event)}{_by(event)}"
+
+
 def _settings_failed(event: Mapping[str, Any]) -> str:
     return f"settings not taken{_why({**event, 'plugin': None})}; the ones from before stay"
 
@@ -214,6 +232,9 @@ _LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "loop_stalled": _stalled,
     "breaker_opened": _breaker_opened,
     "breaker_closed": _breaker_closed,
+    "push_taken": _push_taken,
+    "push_removed": _push_removed,
+    "push_refused": _push_refused,
     "settings_failed": _settings_failed,
     "llm_configured": _models,
     "worker_ready": _worker_ready,

@@ -121,7 +121,7 @@ class Plan:
         model, error = self.model, failed.error
         if not (isinstance(error, LlmRefused) and error.status not in NOBODYS):
             model.failed(monotonic())
-        if failed.retry and self._tries < model.settings.retries:
+        if failed.retry and self._tries < model.settings.retries and not model.wire.closed:
             wait = self._wait(failed.wait_s)
             # a provider that wants a long pause is waited for only when nobody else can answer
             if monotonic() + wait < self.total_by and (wait <= MAX_BACKOFF_S or self._is_last):

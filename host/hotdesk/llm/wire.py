@@ -52,7 +52,8 @@ class Wire:
         self.connections: set[Connection] = set()
         self._idle: deque[Connection] = deque()
         self._expiry: asyncio.TimerHandle | None = None
-        self._closed = False
+        self.closed = False
+        """Everybody was hung up on, and nothing is asked any more."""
 
     async def post(self, body: bytes) -> Response:
         """Send *body*, and return the answer when its headers are there. Raises `WireError`, `OSError`, `TimeoutError`.
@@ -61,6 +62,8 @@ class Wire:
         """
         request = b"%b%d\r\n\r\n%b" % (self._head, len(body), body)
         while True:
+            if self.closed:
+                raise WireError("the host closes it")
             connection = self._reuse()
             fresh = connection is None
             if connection is None:
@@ -88,7 +91,7 @@ class Wire:
 
     def give_back(self, connection: Connection) -> None:
         """A connection is free."""
-        if self._closed or connection.transport.is_closing():
+        if self.closed or connection.transport.is_closing():
             connection.close()
             return
         connection.idle_since = monotonic()
@@ -153,7 +156,7 @@ class Wire:
 
     async def aclose(self) -> None:
         """Hang up on everybody."""
-        self._closed = True
+        self.closed = True
         if self._expiry is not None:
             self._expiry.cancel()
         for connection in list(self.connections):

@@ -15,6 +15,7 @@ _LEVELS = {
     "plugin_failed": "error",
     "plugin_rolled_back": "warning",
     "plugin_leftover": "warning",
+    "push_refused": "error",
     "loop_stalled": "warning",
     "breaker_opened": "warning",
     "capability_denied": "warning",

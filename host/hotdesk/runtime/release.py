@@ -128,7 +128,8 @@ class Release:
             return
         self._modules_searched = modules
         for item in gc.get_objects():
-            if isinstance(item, FunctionType) and isinstance(item.__dict__.get("registry"), MappingProxyType):
+            # `type`, since `isinstance` asks `__class__`, which of a library's proxy imports what it stands for
+            if type(item) is FunctionType and isinstance(getattr(item, "registry", None), MappingProxyType):
                 self._singledispatch.add(item)
 
     def verify(self, *, must: bool = False) -> dict[tuple[str, int, str], list[Any]]:

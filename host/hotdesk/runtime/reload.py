@@ -53,7 +53,8 @@ class Plugins:
     """All plugins of one process.
 
     Where it is one of several workers, *number* agrees with the others on the number of each generation, and *joining*
-    says why it begins after them: it took the place of one that `died`, or of one that it replaces (`rolled`).
+    says why it begins after them: it took the place of one that `died`, or of one that it replaces (`rolled`). *pushed*
+    is a folder beside the operator's, after them; who changes something there says so to `look`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Plugins:
         remember: Callable[[dict[str, bool]], Awaitable[None]],
         number: Callable[[str, str, int, int], Awaitable[int]] | None = None,
         joining: Literal["", "died", "rolled"] = "",
+        pushed: Path | None = None,
     ) -> None:
         self._config = config
         self._agree = number
@@ -80,7 +82,7 @@ class Plugins:
         self._archive = archive
         self._remember = remember
         self._events = events
-        self._places = Places(config.plugins)
+        self._places = Places((*config.plugins, *([str(pushed)] if pushed is not None else ())))
         self._settings = dict(config.plugin_settings)
         self._llm_grant = frozenset(config.llm.grant)
         self._overrides: dict[str, bool] = {}
@@ -176,6 +178,11 @@ class Plugins:
                 await asyncio.gather(*late, return_exceptions=True)
 
     @property
+    def mode(self) -> str:
+        """What becomes of a change: "auto", "pending" or "frozen"."""
+        return self._config.watch
+
+    @property
     def watch_mode(self) -> str:
         """How changes are seen: "events", "polling", "events, untested" or "frozen"."""
         return self._watch.mode if self._watch else "frozen"
@@ -197,7 +204,7 @@ class Plugins:
         """The entry of *name*, a new one if need be, which counts on where an earlier one ended."""
         entry = self._entries.get(name)
         if entry is None:
-            entry = Entry(name, last_number=self._numbers.get(name, 0), disabled=not self._is_enabled(name))
+            entry = Entry(name, last_number=self._numbers.get(name, 0), disabled=not self.is_enabled(name))
             self._entries[name] = entry
         return entry
 
@@ -212,6 +219,11 @@ class Plugins:
                 if entry is not None and path in changes.gone:
                     entry.read.pop(str(path), None)
                 self._queue(name, since, path if path in changes.moved else None)
+
+    def look(self, name: str) -> None:
+        """Look at one plugin now, before the watch sees that it has changed. Not where the watch is frozen."""
+        if self._config.watch != "frozen":
+            self._queue(name, time.monotonic())
 
     def _sweep(self) -> None:
         since = time.monotonic()
@@ -333,6 +345,8 @@ class Plugins:
             self._forget(entry)
             return
         entry.pending = bundle is None or current is None or not bundle.same_as(current.bundle)
+        if bundle is not None and current is not None and not entry.pending:
+            current.bundle = bundle
         if entry.pending:
             self._events.tell("plugin_pending", plugin=entry.name, remedy=f"hotdesk plugins reload {entry.name}")
 
@@ -518,7 +532,8 @@ class Plugins:
                     async with self._held(name) as entry:
                         await self._set_enabled(entry, enabled)
 
-    def _is_enabled(self, name: str) -> bool:
+    def is_enabled(self, name: str) -> bool:
+        """What commands and settings say of a plugin, also of one that is not known yet."""
         return self._overrides.get(name, self._settings_of(name).enabled)
 
     # -- settings --------------------------------------------------------------------------------------------
@@ -534,7 +549,7 @@ class Plugins:
                 if old.enabled != new.enabled and self._overrides.pop(name, None) is not None:
                     await self._remember(self._overrides)
                 async with self._held(name) as entry:
-                    await self._set_enabled(entry, self._is_enabled(name))
+                    await self._set_enabled(entry, self.is_enabled(name))
                     if entry.current is not None:
                         await self._attempt(entry, self._take_own_settings(entry, entry.current))
                     if entry.problem is not None:  # the settings may be just what it wanted
@@ -572,6 +587,7 @@ class Plugins:
             return
         config = merged(bundle.manifest.config, self._settings_of(entry.name).config)
         if config == self._maker.config_of(current):
+            current.bundle, current.manifest = bundle, bundle.manifest  # they may differ in what nobody can tell
             return
         if await self._maker.configure(current, config):
             current.bundle, current.manifest = bundle, bundle.manifest

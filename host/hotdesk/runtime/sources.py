@@ -31,10 +31,12 @@ from .wit_inspect import Inspected, inspect_component
 __all__ = [
     "Bundle",
     "Source",
+    "belongs",
     "bundle_of",
     "find_entry_points",
     "find_sources",
     "name_of",
+    "read_files",
     "settle",
     "signature",
     "source_of",
@@ -97,13 +99,14 @@ class Source:
                     continue
                 seen.add((stat.st_dev, stat.st_ino))
                 folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
-                found += [Path(folder, name) for name in sorted(names) if _belongs(name)]
+                found += [Path(folder, name) for name in sorted(names) if belongs(name)]
             return found
         manifest = self.manifest_path
         return [self.path, manifest] if manifest.exists() else [self.path]
 
 
-def _belongs(name: str) -> bool:
+def belongs(name: str) -> bool:
+    """Whether a file that is called so is part of the plugin whose folder it is in: no test, no editor's leaving."""
     return not (
         name.startswith((".", "test_", "#"))
         or name.endswith(("~", ".pyc", ".swp", ".tmp", ".bak"))
@@ -155,7 +158,7 @@ def find_sources(root: Path) -> dict[str, list[Source]]:
         return {}
     for name in names:
         path = root / name
-        if name.startswith((".", "_")) or not _belongs(name):
+        if name.startswith((".", "_")) or not belongs(name):
             continue
         if name.endswith((".py", ".wasm")) and _is_file(path):
             source = Source(path.stem, path, name.rpartition(".")[2])
@@ -306,6 +309,14 @@ def _unsettled_s(
         renamed = row in whole or ctime_ns > mtime_ns or (old is not None and old[1] != inode)
         waits.append((PACKAGE_QUIET_S if source.kind == "folder" else 0.0) - age_s if renamed else GRACE_S - age_s)
     return max(waits)
+
+
+async def read_files(source: Source) -> dict[str, bytes]:
+    """The bytes of all its files as they are now, whoever writes them. Raises `LoadFailed`."""
+    try:
+        return await _read_aside(source, lease=False)
+    except FileNotFoundError as exc:
+        raise LoadFailed(source.name, "find", "its file is gone", file=exc.filename) from exc
 
 
 async def _read_aside(source: Source, lease: bool) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ asyncio's own slow-callback log does not work with uvloop, and speaks only once 
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ from .python import PREFIX
 __all__ = ["StallWatch"]
 
 BEAT_S = 0.025
+
+_looking = threading.Lock()
 
 
 class StallWatch:
@@ -60,7 +63,7 @@ class StallWatch:
             beat, now = self._beat_at, time.monotonic()
             if now - beat < self._limit_s + BEAT_S or beat == reported:
                 continue
-            frame = sys._current_frames().get(self._loop_thread)
+            frame = _frame_of(self._loop_thread)
             if frame is None:
                 continue
             reported = beat
@@ -70,6 +73,22 @@ class StallWatch:
                 self._loop.call_soon_threadsafe(self._report, module, stack, now - beat)
             except RuntimeError:
                 return
+
+
+def _frame_of(thread: int) -> FrameType | None:
+    """Where *thread* is, and no collection meanwhile.
+
+    Python 3.11 holds a lock of the runtime in there: a collection that lets another thread run, which a finalizer is
+    enough for, stops the process for good when that thread starts one (python/cpython#106883). Goes with 3.11.
+    """
+    with _looking:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames().get(thread)
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _culprit(frame: FrameType | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -22,7 +22,10 @@ from ..runtime.active import Generation
 from ..runtime.entries import Entry
 from ..runtime.events import Events
 from ..runtime.generations import Maker
+from ..runtime.pushed import Pushed
 from ..runtime.reload import NothingToRollBackTo, PluginDisabled, Plugins
+from ..runtime.shelf import Record
+from ..runtime.stands import Report, stands_of
 from .access import Access
 from .agreement import merge_plugin, merge_plugins
 from .siblings import Siblings, Told
@@ -51,7 +54,7 @@ _token = msgspec.json.Decoder(TokenRequest).decode
 
 
 class Admin:
-    """The admin door. *facts* is what `GET /admin/workers` tells of this process."""
+    """The admin door. *facts* is what `GET /admin/workers` tells of this process; *pushed* knows of other hosts."""
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Admin:
         access: Access,
         metrics: Metrics,
         siblings: Siblings,
+        pushed: Pushed | None,
         facts: Callable[[], dict[str, Any]],
     ) -> None:
         self._config = config
@@ -72,6 +76,7 @@ class Admin:
         self._access = access
         self._metrics = metrics
         self._siblings = siblings
+        self._pushed = pushed
         self._facts = facts
         self._stopping = asyncio.Event()
 
@@ -159,18 +164,44 @@ class Admin:
         if self._siblings.worker is not None:
             told = await self._siblings.ask("GET", "/admin/plugins")
             body["plugins"] = merge_plugins(self._siblings.worker, os.getpid(), body["plugins"], told)
-        return _json(body)
+        reports = await self._reports()
+        for plugin in body["plugins"]:
+            plugin |= self._over_hosts(plugin["name"], reports)
+        known = {plugin["name"] for plugin in body["plugins"]}
+        names = {name for report in reports for name in report.plugins} | {
+            name for name, record in self._records.items() if not record.removed
+        }
+        elsewhere = [{"name": name} | self._over_hosts(name, reports) for name in sorted(names - known)]
+        return _json(body | {"elsewhere": elsewhere})
 
     async def show(self, request: web.Request) -> web.StreamResponse:
         self._access.check_admin(request)
         return _json(await self._shown(request.match_info["name"]))
 
     async def _shown(self, name: str) -> dict[str, Any]:
-        own = self.describe_one(name)
-        if self._siblings.worker is None:
-            return own
-        told = await self._siblings.ask("GET", f"/admin/plugins/{quote(name, safe='')}")
-        return merge_plugin(self._siblings.worker, os.getpid(), own, told)
+        shown = self.describe_one(name)
+        if self._siblings.worker is not None:
+            told = await self._siblings.ask("GET", f"/admin/plugins/{quote(name, safe='')}")
+            shown = merge_plugin(self._siblings.worker, os.getpid(), shown, told)
+        return shown | self._over_hosts(name, await self._reports())
+
+    @property
+    def _records(self) -> Mapping[str, Record]:
+        return self._pushed.records if self._pushed is not None else {}
+
+    async def _reports(self) -> Sequence[Report]:
+        return await self._pushed.reports() if self._pushed is not None else []
+
+    def _over_hosts(self, name: str, reports: Sequence[Report]) -> dict[str, Any]:
+        """What was pushed of a plugin, and how each host stands to it."""
+        record = self._records.get(name)
+        pushed = None
+        if record is not None:
+            pushed = {
+                "hash": record.hash, "version": record.version, "at": record.at, "by": record.by,
+                "removed": record.removed,
+            }  # fmt: skip
+        return {"pushed": pushed, "hosts": [stand.public() for stand in stands_of(reports, name, record)]}
 
     async def act(self, request: web.Request) -> web.StreamResponse:
         """Do it here, then in all other workers; what any of them refuses is an error, though it is done elsewhere.
@@ -182,7 +213,7 @@ class Admin:
         name, action = request.match_info["name"], request.match_info["action"]
         if self._siblings.worker is None:
             await self.act_here(name, action)
-            return _json(self.describe_one(name))
+            return _json(await self._shown(name))
         refusals: dict[int, DoorError] = {}
         try:
             await self.act_here(name, action)

@@ -12,11 +12,13 @@ from ..backend import Backend
 from ..chat.elsewhere import Elsewhere
 from ..chat.intake import Accepted, Intake, NewMessage
 from ..chat.outbox import Event, Outbox, Reader
+from ..chat.spool import Spooled
 from ..chat.turn import Ended
 from ..chat.turns import Turns
 from ..config import Config
-from ..errors import DoorError
+from ..errors import BackendUnavailable, DoorError
 from ..metrics import Metrics
+from ..runtime.guards import host_task
 from .access import Access
 from .pace import HangUps, Held, soft_bound
 from .wire import SSE_HEADERS, check_url, conversation_of, decode_message, integer, json_response, seconds, sse
@@ -25,6 +27,7 @@ __all__ = ["Conversations"]
 
 MAX_WAIT_S = 300.0
 MAX_SEQ = 2**63 - 1
+LOOK_AGAIN_S = 0.2
 HEARTBEAT_S = 15.0
 """A comment line this often keeps proxies from closing a quiet event stream."""
 
@@ -91,6 +94,8 @@ class Conversations:
         if "text/event-stream" in request.headers.get("Accept", ""):
             return await self._post_stream(request, new)
         accepted, ended = await self._say(new, wait, request.transport)
+        if isinstance(accepted, Spooled):
+            return json_response(_spooled(accepted), 202)
         body: dict[str, Any] = {
             "id": accepted.id, "conversation": accepted.conversation, "seq": accepted.seq, "status": "accepted",
         }  # fmt: skip
@@ -110,8 +115,8 @@ class Conversations:
 
     async def _say(
         self, new: NewMessage, wait: float | None, transport: asyncio.Transport | None
-    ) -> tuple[Accepted, Ended | None]:
-        """Have *new* accepted, and wait for its turn's end; None for that when the time is up first.
+    ) -> tuple[Accepted | Spooled, Ended | None]:
+        """Have *new* accepted, and wait for its turn's end; None for that when the time is up first, or it is spooled.
 
         One future for both: this is the path of every `?wait`, and each wake-up costs it.
         """
@@ -120,6 +125,7 @@ class Conversations:
         loop = self._loop
         future: asyncio.Future[Ended | None] = loop.create_future()
         known: list[Accepted] = []
+        kept: list[Spooled] = []
         late = gone = False
 
         def told(outcome: Accepted | BaseException) -> None:
@@ -136,6 +142,12 @@ class Conversations:
             else:
                 outcome.turn.tell_end(future)
 
+        def spooled(outcome: Spooled) -> bool:
+            kept.append(outcome)
+            if not future.done():
+                future.set_result(None)
+            return False
+
         def time_is_up() -> None:
             nonlocal late
             late = True
@@ -147,7 +159,7 @@ class Conversations:
             gone = True
             time_is_up()
 
-        self._intake.accept_nowait(new, told, door="http")
+        self._intake.accept_nowait(new, told, door="http", spooled=spooled)
         handle = loop.call_later(wait, time_is_up)
         self._waiting.add(time_is_up)
         forget = self._hang_ups.watch(transport, hung_up) if self._hang_ups is not None else None
@@ -162,6 +174,8 @@ class Conversations:
                 turn.waiting -= 1
                 if gone:
                     self._elsewhere.leave(new.conversation, turn.id)
+        if kept:
+            return kept[0], None
         accepted = known[0]
         if accepted.turn is None:
             outcome = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
@@ -170,14 +184,22 @@ class Conversations:
 
     async def _post_stream(self, request: web.Request, new: NewMessage) -> web.StreamResponse:
         sink = self._sink(new.conversation, at_stop=STOPPING)
-        told: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        known: list[Accepted] = []
+        gone = False
 
         def tell(outcome: Accepted | BaseException) -> None:
-            if told.done():
+            was_spooled = taken.done()
+            if taken.cancelled():
                 return
             if isinstance(outcome, BaseException):
-                told.set_exception(outcome)
+                taken.set_exception(outcome)
                 return
+            if gone:
+                if self._hang_ups is not None:
+                    self._elsewhere.leave(new.conversation, outcome.id)
+                return
+            known.append(outcome)
             first = {"id": outcome.id, "conversation": outcome.conversation, "seq": outcome.seq, "status": "accepted"}
             sink.send(Event("accepted", first))
             if (turn := outcome.turn) is not None:
@@ -185,23 +207,47 @@ class Conversations:
                 turn.wait_ended().add_done_callback(
                     lambda ended: sink.end(STOPPING if ended.cancelled() else Event("done", {"id": outcome.id}))
                 )
-            told.set_result(outcome)
+            if not was_spooled:
+                taken.set_result(None)
+            elif outcome.turn is None:
+                host_task(self._tell_late_past(outcome, sink))
 
-        self._intake.accept_nowait(new, tell, door="sse")
-        accepted = await told
-        if accepted.turn is None:
-            past = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
-            for reply in past.replies:
-                sink.send(Event.of(reply))
-            sink.end(Event("done", {"id": accepted.id}))
+        def spooled(outcome: Spooled) -> bool:
+            if taken.done():
+                return False
+            sink.send(Event("spooled", _spooled(outcome)))
+            taken.set_result(None)
+            return True
+
+        self._intake.accept_nowait(new, tell, door="sse", spooled=spooled)
+        await taken
+        if known and known[0].turn is None:
+            await self._tell_past(known[0], sink)
         try:
             return await self._stream(request, sink)
         finally:
-            if (turn := accepted.turn) is not None and turn.watchers and sink.send in turn.watchers:
+            gone = True
+            turn = known[0].turn if known else None
+            if turn is not None and turn.watchers and sink.send in turn.watchers:
                 turn.watchers.remove(sink.send)
                 self._turns.make_room(new.conversation)
                 if self._hang_ups is not None:
                     self._elsewhere.leave(new.conversation, turn.id)
+
+    async def _tell_past(self, accepted: Accepted, sink: _SseSink) -> None:
+        """The answer of a message that was answered before. Raises `BackendUnavailable`."""
+        past = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+        for reply in past.replies:
+            sink.send(Event.of(reply))
+        sink.end(Event("done", {"id": accepted.id}))
+
+    async def _tell_late_past(self, accepted: Accepted, sink: _SseSink) -> None:
+        """As `_tell_past`, in a stream that has begun: a journal that is back may take writes before it answers."""
+        while not sink.ended:
+            try:
+                await self._tell_past(accepted, sink)
+            except BackendUnavailable:
+                await asyncio.sleep(LOOK_AGAIN_S)
 
     def _sink(self, conversation: str, *, at_stop: Event | None = None) -> _SseSink:
         return _SseSink(self._config, lambda: self._turns.make_room(conversation), at_stop)
@@ -252,6 +298,11 @@ class Conversations:
 
 
 STOPPING = Event.error(None, "stopping", "the host is stopping; the message is kept, and answered after its next start")
+
+
+def _spooled(outcome: Spooled) -> dict[str, Any]:
+    """What is said of a message that is on this machine's disk: no seq before it has one."""
+    return {"id": outcome.id, "conversation": outcome.conversation, "seq": None, "status": "spooled"}
 
 
 class _SseSink:
@@ -326,6 +377,11 @@ class _SseSink:
         self.hang_up()
         if self._transport is not None:
             self._transport.abort()
+
+    @property
+    def ended(self) -> bool:
+        """What is sent now is sent to nobody."""
+        return self._ended
 
     def hang_up(self) -> None:
         """There is nobody to send to any more."""

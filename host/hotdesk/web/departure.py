@@ -18,7 +18,7 @@ STEP_S = 0.01
 
 
 class Departure:
-    """Of one worker. Until `leave` it costs nothing but a look at each response."""
+    """Of one worker. Until `close_port` it costs nothing but a look at each response."""
 
     def __init__(self) -> None:
         self._leaving = False
@@ -34,26 +34,29 @@ class Departure:
         self._hurried.set()
 
     async def tell(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """To be called before each response is sent: from `leave` on it is its connection's last."""
+        """To be called before each response is sent."""
         if self._leaving and not isinstance(response, web.WebSocketResponse):
             response.force_close()
             response.headers["Connection"] = "close"
 
-    async def leave(self, runner: web.BaseRunner, seconds: float) -> None:
-        """Take no new connection, answer within *seconds* whatever is asked on those there are, and close them.
+    async def close_port(self, runner: web.BaseRunner) -> None:
+        """Take no new connection; every answer is its connection's last from now on."""
+        self._leaving = True
+        for site in runner.sites:
+            await site.stop()
+
+    async def answer_all(self, runner: web.BaseRunner, seconds: float) -> None:
+        """Answer within *seconds* whatever is asked on the connections there are, and close them.
 
         Messages are to be taken until this returns. Sockets and event streams, and what is answered only later, are
         left alone.
         """
-        self._leaving = True
-        for site in runner.sites:
-            await site.stop()
         server = runner.server
         assert server is not None
         await self._wait_none(server, _is_idle, LINGER_S)
         for one in server.connections:
             if _is_idle(one):
-                one.close()
+                one.force_close()
         await self._wait_none(server, _is_unanswered, seconds)
 
     async def _wait_none(self, server: web.Server, kind: Callable[[RequestHandler], bool], seconds: float) -> None:
@@ -72,9 +75,9 @@ class Departure:
 
 
 def _is_idle(connection: RequestHandler) -> bool:
-    return connection._current_request is None
+    return connection._current_request is None and not connection._messages
 
 
 def _is_unanswered(connection: RequestHandler) -> bool:
     request = connection._current_request
-    return request is not None and request.writer.output_size == 0
+    return bool(connection._messages) or (request is not None and request.writer.output_size == 0)

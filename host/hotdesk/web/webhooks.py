@@ -54,7 +54,7 @@ class Webhooks:
             get_log().error("intake_not_taken", plugin=plugin, problem=str(exc))
             raise DoorError("plugin_failed", f"plugin '{plugin}' failed; the log says why") from exc
         for new in [_new(message, plugin) for message in found.messages]:
-            await self._intake.accept(new, door="webhook", channel=plugin)
+            await self._intake.accept(new, door="webhook", channel=plugin)  # spooled is on disk too
         return answer_response(found.answer)
 
 

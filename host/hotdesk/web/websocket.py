@@ -16,6 +16,7 @@ from ..backend import Backend
 from ..chat.elsewhere import Elsewhere
 from ..chat.intake import Accepted, Intake, NewMessage
 from ..chat.outbox import Event, Outbox, Reader
+from ..chat.spool import Spooled
 from ..chat.turns import Turns
 from ..config import Config
 from ..errors import BackendUnavailable, DoorError
@@ -44,6 +45,9 @@ BINARY = "frames are text, with JSON in them"
 LOOK_S = 0.005
 LOOK_EACH_S = 0.00002
 """Slow visitors are looked at this often, all in one go; more rarely the more they are, for a look costs 1 µs each."""
+
+REPEAT_S = (0.1, 0.3, 0.6)
+"""The waits between tries to read an answer that was given before: a journal that is back may take writes first."""
 
 BROKEN = {
     WSCloseCode.PROTOCOL_ERROR: ("bad_json", "the frame breaks the WebSocket protocol"),
@@ -395,7 +399,9 @@ class _Session:
                     new.attachments, new.metadata, new.locale,
                 )  # fmt: skip
             self._door._access.check_rate(new.sender.id or self._remote)
-            self._door._intake.accept_nowait(new, partial(self._accepted, frame.id), door="websocket")
+            self._door._intake.accept_nowait(
+                new, partial(self._accepted, frame.id), door="websocket", spooled=self._spooled
+            )
             if frame.id is not None:
                 if self._unaccepted is None:
                     self._unaccepted = {}
@@ -428,7 +434,8 @@ class _Session:
             self.refuse(self._door._wire.as_door_error(exc, "websocket"), message)
 
     def _accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
-        cancelled = given is not None and self._unaccepted is not None and self._unaccepted.pop(given, False)
+        id = outcome.id if isinstance(outcome, Accepted) else given
+        cancelled = id is not None and self._unaccepted is not None and self._unaccepted.pop(id, False)
         self._tell_accepted(given, outcome)
         if not isinstance(outcome, Accepted):
             return
@@ -436,6 +443,13 @@ class _Session:
             self._cancel(outcome.id)
         if self._door._config.on_leave == "cancel" and self not in self._door._sessions:
             self._door._elsewhere.leave(self.conversation, outcome.id)  # it left before its message was on disk
+
+    def _spooled(self, outcome: Spooled) -> bool:
+        self._write(_encode({"type": "spooled", "id": outcome.id}))
+        if self._unaccepted is None:
+            self._unaccepted = {}
+        self._unaccepted.setdefault(outcome.id, False)
+        return True
 
     def _tell_accepted(self, given: str | None, outcome: Accepted | BaseException) -> None:
         if isinstance(outcome, BaseException):
@@ -447,11 +461,15 @@ class _Session:
 
     async def _repeat(self, accepted: Accepted) -> None:
         """A message that was answered before: its answer again."""
-        try:
-            past = await self._door._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
-        except BackendUnavailable as exc:
-            self.refuse(self._door._wire.as_door_error(exc, "websocket"), accepted.id)
-            return
+        for wait_s in (*REPEAT_S, None):
+            try:
+                past = await self._door._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+                break
+            except BackendUnavailable as exc:
+                if wait_s is None:
+                    self.refuse(self._door._wire.as_door_error(exc, "websocket"), accepted.id)
+                    return
+                await asyncio.sleep(wait_s)
         for reply in past.replies:
             self._write(Event.of(reply).frame)
 

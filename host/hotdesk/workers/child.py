@@ -33,13 +33,17 @@ class Child:
         self.worker = orders.worker
         self.name = orders.name
         self.path = orders.path
-        self.began = time.monotonic()
+        self._ready_at: float | None = None
         self.state = "starting"
         self.since = time.time()
         self.greeting: Greeting | None = None
         self.failed: tuple[str, str] | None = None
         self.left: int | None = None
         """How many of its turns it left to others; None when it did not end well."""
+        self.asked: set[str] = set()
+        """Plugins whose number it has asked for."""
+        self.passed: dict[str, int] = {}
+        """Numbers of plugins that it did not load when it began, as one that is disabled: it begins behind them."""
         self.ended = asyncio.Event()
         self._ready = asyncio.Event()
         self._orders = orders
@@ -67,6 +71,11 @@ class Child:
             with contextlib.suppress(ValueError):
                 return f"it was ended by {signal.Signals(-self.code).name}"
         return f"it ended with exit code {self.code}"
+
+    @property
+    def served_s(self) -> float:
+        """How long it has served; 0 when it never did, however long it took to find that out."""
+        return 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
 
     def move(self, state: str) -> None:
         self.state, self.since = state, time.time()
@@ -107,7 +116,7 @@ class Child:
 
     async def _live(self) -> None:
         ours, theirs = socket.socketpair()
-        reader: asyncio.StreamReader | None = None
+        heard_all = False
         try:
             try:
                 self._process = await self._spawn(theirs.fileno())
@@ -116,12 +125,13 @@ class Child:
             reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=LINE_LIMIT)
             self._writer.write(pack_orders(self._orders))
             await self._read(reader)
+            heard_all = True
         except OSError as exc:
             self.failed = self.failed or ("other", f"it could not be started: {exc.strerror or exc}")
         finally:
             try:
                 if self._process is not None:
-                    await self._wait_gone(patient=reader is not None and reader.at_eof())
+                    await self._wait_gone(patient=heard_all)
             finally:
                 ours.close() if self._writer is None else self._writer.close()
                 Path(self.path).unlink(missing_ok=True)
@@ -152,13 +162,13 @@ class Child:
         )
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        while data := await reader.readline():
+        while data := await _read_line(reader):
             try:
                 line = decode_line(data)
             except (msgspec.DecodeError, ValueError):  # half a line of a process that died over it
                 continue
             if line.ready is not None:
-                self.greeting = line.ready
+                self.greeting, self._ready_at = line.ready, time.monotonic()
                 self.move("ready")
                 self._hear(self, line)
                 self._ready.set()
@@ -168,3 +178,11 @@ class Child:
             elif line.stopped is not None:
                 self.left = line.stopped
             self._hear(self, line)
+
+
+async def _read_line(reader: asyncio.StreamReader) -> bytes:
+    """The next line; empty when the process has hung up, also without having read all that it was told."""
+    try:
+        return await reader.readline()
+    except ConnectionError:
+        return b""

@@ -16,6 +16,10 @@ class Numbers:
     def __init__(self) -> None:
         self._given: defaultdict[str, deque[tuple[int, str]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
 
+    def last(self) -> dict[str, int]:
+        """The last number of every plugin."""
+        return {plugin: given[-1][0] for plugin, given in self._given.items() if given}
+
     def number(self, plugin: str, digest: str, after: int, known: int) -> int:
         """The number of the version *digest* for a worker that loads it next.
 
@@ -24,6 +28,7 @@ class Numbers:
         later gets the number that the others gave what it finds. No number is given to two versions.
         """
         given = self._given[plugin]
+        # the lowest for one that has served it: it follows the others, version by version
         same = [number for number, version in given if version == digest and number > after]
         if same:
             return min(same) if after else max(same)

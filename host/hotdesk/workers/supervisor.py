@@ -13,7 +13,6 @@ import secrets
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ READY_S = 120.0
 """How long a worker may take to serve. The first load of a large component is a minute's work."""
 
 SHORT_LIFE_S = 5.0
-"""A worker that dies sooner than this after it was started is started again after a wait, unless it is the first."""
+"""A worker that dies sooner than this after it began to serve is started again after a wait, unless it is the first."""
 
 WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 
@@ -223,8 +222,7 @@ class Supervisor:
             if place.current is not child:  # it was replaced, and has ended as it should
                 tries = 0
                 continue
-            lived = time.monotonic() - child.began
-            tries = tries + 1 if lived < SHORT_LIFE_S else 0
+            tries = tries + 1 if child.served_s < SHORT_LIFE_S else 0
             wait_s = WAITS_S[min(max(tries - 1, 0), len(WAITS_S) - 1)]
             self._bury(child)
             self._events.tell(
@@ -330,6 +328,7 @@ class Supervisor:
 
     def _heard(self, child: Child, line: Line) -> None:
         if line.ready is not None:
+            child.passed = {name: last for name, last in self._numbers.last().items() if name not in child.asked}
             if self._started and any(place.current is child for place in self._places):
                 self._events.tell("worker_ready", worker=child.worker, pid=child.pid)
             self._tell_state()
@@ -337,7 +336,9 @@ class Supervisor:
             self._pass_on(child, line.event)
         elif line.number is not None:
             asked = line.number
-            number = self._numbers.number(asked.plugin, asked.digest, asked.after, asked.known)
+            child.asked.add(asked.plugin)
+            after = max(asked.after, child.passed.get(asked.plugin, 0))
+            number = self._numbers.number(asked.plugin, asked.digest, after, asked.known)
             child.send(Line(id=line.id, answer=number))
         elif line.restart:
             child.send(Line(id=line.id, answer=self.restart()))

@@ -62,6 +62,7 @@ class _Worker:
         self._siblings = Siblings(orders.worker, orders.name, self._restart)
         self._siblings.state = orders.state
         self._known = asyncio.Event()
+        self._serves = False
         self._seat = Seat(
             worker=orders.worker,
             name=orders.name,
@@ -79,28 +80,32 @@ class _Worker:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         serving = asyncio.create_task(self._serve())
-        try:
-            await asyncio.wait({serving, hearing}, return_when=asyncio.FIRST_COMPLETED)
-            if not serving.done() and not self._serves:  # the supervisor is gone before anybody was served
-                serving.cancel()
-            left = await serving
-        except asyncio.CancelledError:
-            return 1
-        except ConfigError as exc:
-            self._say(Line(failed=("config", str(exc))))
-            return await self._end(2)
-        except HotdeskError as exc:
-            self._say(Line(failed=("other", str(exc))))
-            return await self._end(1)
-        finally:
-            hearing.cancel()
-            await asyncio.gather(hearing, return_exceptions=True)
-        self._say(Line(stopped=left))
-        code = await self._end(0)
+        await asyncio.wait({serving, hearing}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._serves:  # the supervisor is gone before anybody was served, or it can't start
+            serving.cancel()
+        await asyncio.wait({serving})
+        hearing.cancel()
+        await asyncio.gather(hearing, return_exceptions=True)
+        code = self._say_last(serving)
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
         await leave_the_deaf()
         return code
 
-    _serves = False
+    def _say_last(self, serving: asyncio.Task[int]) -> int:
+        """How it ended; the exit code. What is no error of ours to tell is raised, for the log."""
+        if serving.cancelled():
+            return 1
+        exc = serving.exception()
+        if isinstance(exc, ConfigError):
+            self._say(Line(failed=("config", str(exc))))
+            return 2
+        if isinstance(exc, HotdeskError):
+            self._say(Line(failed=("other", str(exc))))
+            return 1
+        self._say(Line(stopped=serving.result()))
+        return 0
 
     async def _serve(self) -> int:
         """Run the host until told to stop; how many turns are left to others."""
@@ -137,13 +142,6 @@ class _Worker:
     def _tell_event(self, event: dict[str, Any]) -> None:
         self._say(Line(event=event), must=False)
 
-    async def _end(self, code: int) -> int:
-        """Say the last things; the exit code."""
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
-        return code
-
     async def _hear(self, reader: asyncio.StreamReader) -> None:
         """Do as the supervisor says; when it is gone, stop."""
         try:
@@ -167,6 +165,7 @@ class _Worker:
             if any(row.name == self._orders.name and row.state == "ready" for row in line.state.workers):
                 self._known.set()
         elif line.buried:
+            get_log().info("worker_buried", name=line.buried)
             for hear in self._seat.on_buried:
                 hear(line.buried)
         elif line.leave or line.stop:
@@ -178,14 +177,14 @@ class _Worker:
 
     async def _ask(self, line: Line) -> Any:
         """Raises `TimeoutError` when the supervisor does not answer."""
-        self._count += 1
-        answer = self._answers[self._count] = asyncio.get_running_loop().create_future()
+        self._count = id = self._count + 1
+        answer = self._answers[id] = asyncio.get_running_loop().create_future()
         try:
-            self._say(msgspec.structs.replace(line, id=self._count))
+            self._say(msgspec.structs.replace(line, id=id))
             async with asyncio.timeout(ANSWER_S):
                 return await answer
         finally:
-            self._answers.pop(self._count, None)
+            self._answers.pop(id, None)
 
     async def _number(self, plugin: str, digest: str, after: int, known: int) -> int:
         try:

@@ -7,7 +7,7 @@ local base, me, digest = ARGV[1], ARGV[2], ARGV[5]
 if digest ~= '' then
   for i = 6, #KEYS do
     local seq = redis.call('HGET', KEYS[i], digest)
-    if seq then
+    if seq and tonumber(seq) <= redis.call('LLEN', KEYS[4]) then  -- not one of a conversation that was purged
       return {1, tonumber(seq), redis.call('HEXISTS', KEYS[3], 'o' .. seq)}
     end
   end

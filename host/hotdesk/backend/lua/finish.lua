@@ -1,8 +1,8 @@
 -- End a turn: its replies, what it changed, and the news of it, all or nothing. Only its owner may.
--- KEYS  own, in, conversation, journal, undelivered, tries, dead
+-- KEYS  own, in, conversation, journal, undelivered, tries, dead, seen
 -- ARGV  base, me, epoch, conversation, seq, tag, origin, head of the news, "1" to deliver, "1" when it was tried before,
 --       "1" when it closes the conversation, what is kept of it as a dead letter or "", how many fields of the record follow as names and values,
---       how many names of fields follow that go, then the replies
+--       how many names of fields follow that go, then when the last reply was made, and the replies
 -- Gives {1, seq of the first reply, n}, {0} when the turn had ended, {-1} when the owner is another
 local base, me, conversation, seq = ARGV[1], ARGV[2], ARGV[4], ARGV[5]
 local own = redis.call('HMGET', KEYS[1], 'owner', 'epoch')
@@ -40,6 +40,10 @@ end
 at = at + gone
 if ARGV[11] == '1' then
   redis.call('HSET', KEYS[3], 'x', 1)
+end
+at = at + 1
+if at < #ARGV then
+  redis.call('ZADD', KEYS[8], 'GT', ARGV[at], conversation)
 end
 local first = 0
 local news = ARGV[8]

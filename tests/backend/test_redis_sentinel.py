@@ -1,0 +1,198 @@
+"""A journal in a Redis that Sentinel watches: masters die, stand still and are replaced, and every promise holds."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from tests.backend.conftest import StartWorker
+from tests.backend.traffic import Traffic, clients_of
+from tests.backend.worker import Worker
+from tests.redis_servers import Connection, RedisServer, Sentinel, SentinelSet, free_port
+
+from conftest import wait_until
+from hotdesk.errors import BackendUnavailable
+
+PARTITIONS = 16
+SERVING_S = 2.0
+_numbers = itertools.count()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_servers() -> AsyncIterator[SentinelSet]:
+    """A master and one replica, so that what a replica has confirmed is known to whoever is promoted."""
+    async with SentinelSet(replicas=1) as made:
+        yield made
+
+
+@pytest.fixture
+async def servers(shared_servers: SentinelSet) -> AsyncIterator[SentinelSet]:
+    """The same for each test; afterwards all are brought back."""
+    yield shared_servers
+    for process in (*shared_servers.servers, *shared_servers.sentinels):
+        process.thaw()
+        if not process.running:
+            await process.start()
+    await shared_servers.wait_ready()
+
+
+@pytest.fixture
+def url(servers: SentinelSet) -> str:
+    """A journal of the test's own."""
+    return f"{servers.url}?partitions={PARTITIONS}&replicas=1&prefix=t{next(_numbers)}"
+
+
+@pytest.fixture
+async def traffic(url: str, start_worker: StartWorker) -> AsyncIterator[Traffic]:
+    """Fifty conversations."""
+    made = Traffic(await start_worker(url), [f"c{n}" for n in range(50)])
+    yield made
+    await made.aclose()
+
+
+def other_than(servers: SentinelSet, master: RedisServer) -> RedisServer:
+    return next(server for server in servers.servers if server is not master)
+
+
+async def is_master(server: RedisServer) -> bool:
+    return bool((await server.command("ROLE"))[0] == "master")
+
+
+async def test_a_new_master_is_served_from_soon_after_its_promotion(
+    servers: SentinelSet, url: str, start_worker: StartWorker
+) -> None:
+    """The master dies, and 2 s after another is one at the latest messages are kept and known there.
+
+    One sentinel stands still, and the URL names one that is gone before it: they keep nobody waiting.
+    """
+    scheme, _, places = url.partition("://")
+    servers.sentinels[0].freeze()
+    worker = await start_worker(f"{scheme}://127.0.0.1:{free_port()},{places}")
+    assert (await worker.append("c", "m1")).seq == 1
+    await worker.aclose()
+    worker = await start_worker(f"{scheme}://127.0.0.1:{free_port()},{places.replace('replicas=1', 'replicas=0')}")
+    master = await servers.master()
+    other = other_than(servers, master)
+    await master.kill()
+    promoted = asyncio.ensure_future(wait_until(lambda: is_master(other), "another is the master"))
+    kept, since = None, time.monotonic()
+    while kept is None:
+        try:
+            kept = await worker.append("c", "m2")
+        except BackendUnavailable:
+            await asyncio.sleep(0.01)
+        if not promoted.done():
+            since = time.monotonic()
+    assert time.monotonic() - since < SERVING_S
+    await promoted
+    assert kept.seq == 2
+    assert (await worker.append("c", "m1")).duplicate
+
+
+async def test_what_was_kept_survives_the_death_of_the_master(servers: SentinelSet, traffic: Traffic) -> None:
+    """The master is killed under load, the replica promoted, and it comes back: all is there once, in order, answered.
+
+    When it comes back it takes itself for the master still, and nothing is written to it.
+    """
+    await traffic.wait_spoken(300)
+    master = await servers.master()
+    await servers.failover()
+    assert traffic.problems, "nobody noticed"
+    await master.start()
+    await servers.wait_ready()  # the new one needs a replica to have its writes confirmed
+    await traffic.wait_spoken(300)
+    await traffic.finish()
+    await traffic.judge(traffic.worker)
+
+
+async def test_a_master_that_stands_still_is_replaced(servers: SentinelSet, traffic: Traffic) -> None:
+    """The master is stopped, the replica promoted, and it goes on: the same holds, and it is not waited for."""
+    await traffic.wait_spoken(300)
+    master = await servers.master()
+    other = other_than(servers, master)
+    master.freeze()
+    await wait_until(lambda: is_master(other), "the replica is promoted")
+    since = time.monotonic()
+    await wait_until(lambda: clients_of(other), "the new one is asked, though no replica confirms what it does")
+    assert time.monotonic() - since < SERVING_S
+    master.thaw()
+    await servers.wait_ready()
+    await traffic.wait_spoken(300)
+    await traffic.finish()
+    await traffic.judge(traffic.worker)
+
+
+async def test_a_master_that_does_not_know_that_it_was_replaced_is_left(servers: SentinelSet, traffic: Traffic) -> None:
+    """A failover by order: the old master takes writes for some time yet, and they are lost; nobody stays with it."""
+    await traffic.wait_spoken(300)
+    master = await servers.master()
+    other = other_than(servers, master)
+    await servers.failover(kill=False)
+
+    async def is_left() -> bool:
+        return await clients_of(master) == 0 and await clients_of(other) > 0
+
+    await wait_until(is_left, "all connections are the new master's")
+    assert await is_master(master), "it has been told before anybody left"
+    await servers.wait_ready()
+    await traffic.wait_spoken(300)
+    await traffic.finish()
+    await traffic.judge(traffic.worker)
+
+
+async def test_a_replica_that_is_named_as_the_master_is_refused(servers: SentinelSet) -> None:
+    """Sentinels that take a replica for a master, as they do for a while when set up so: nobody writes to it."""
+    replica = other_than(servers, await servers.master())
+    never = len(servers.sentinels) + 1
+    for sentinel in servers.sentinels:
+        await sentinel.command("SENTINEL", "MONITOR", "second", replica.address, replica.port, never)
+    try:
+        with pytest.raises(BackendUnavailable, match="no master yet"):
+            await Worker.open(servers.url.replace("/mymaster/", "/second/"))
+        assert await clients_of(replica) == 0
+    finally:
+        for sentinel in servers.sentinels:
+            await sentinel.command("SENTINEL", "REMOVE", "second")
+
+
+class Locked(Sentinel):
+    """A sentinel with a password, behind the certificate of its master."""
+
+    master: RedisServer
+
+    async def open(self) -> Connection:
+        return await Connection.open(self.address, self.port, password="secret", tls=self.master._tls)
+
+
+async def test_sentinels_with_a_password_and_tls(start_worker: StartWorker) -> None:
+    """They are logged in to with the URL's password, and their certificate is checked as the master's is."""
+    replication = {"tls_replication": True, "repl_diskless_sync_delay": 0}
+    async with RedisServer(password="secret", tls=True, **replication) as master:
+        port = free_port()
+        sentinel = Locked(address="127.0.0.1", port=port, folder=None)
+        sentinel.master = master
+        sentinel.watches = [
+            "port 0",
+            "requirepass secret",
+            f"sentinel monitor mymaster {master.address} {master.port} 1",
+            "sentinel auth-pass mymaster secret",
+            f"tls-port {port}",
+            f"tls-cert-file {master.folder / 'server.pem'}",
+            f"tls-key-file {master.folder / 'server.key'}",
+            f"tls-ca-cert-file {master.ca_file}",
+            "tls-auth-clients no",
+            "tls-replication yes",
+        ]
+        async with sentinel:
+            at = f"127.0.0.1:{port}/mymaster/0?partitions=4&ca={master.ca_file}"
+            worker = await start_worker(f"rediss+sentinel://:secret@{at}")
+            assert (await worker.append("c", "m1")).seq == 1
+            await worker.aclose()
+            with pytest.raises(BackendUnavailable, match="password"):
+                await start_worker(f"rediss+sentinel://:wrong@{at}")
+            with pytest.raises(BackendUnavailable, match="certificate"):
+                await start_worker(f"rediss+sentinel://:secret@{at.partition('&ca=')[0]}")

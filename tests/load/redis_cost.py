@@ -1,0 +1,114 @@
+"""What a turn costs the hosts and Redis (CPU, commands, bytes) with 1 to 8 workers and with 16 to 1,024 partitions.
+
+The traffic is the same in all, at a fixed rate, on the same two cores. What is spent where nobody says anything
+(heartbeats, looks at what went missing) is measured apart, before the load, and taken off: a turn's own cost is what
+grows with traffic, and that of being there is a host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from time import monotonic
+
+from tests.load.client import open_loop
+from tests.load.http_rate import is_answered_nth, turn_requests
+from tests.load.redis_desk import RedisDesk, Spent, running_redis_desk
+from tests.load.report import Figure, run_main
+from tests.load.sources import onion
+
+__all__ = ["measure"]
+
+RATE = 600
+CONNECTIONS = 64
+PARTITIONS = 256
+"""Where the workers are what differs."""
+
+WORKERS = 2
+"""Where the partitions are."""
+
+GROWTH = 1.2
+COSTS: dict[str, tuple[str, Callable[[Spent], float]]] = {
+    "hosts": ("µs of CPU", lambda spent: spent.hosts_cpu_us),
+    "Redis": ("µs of CPU", lambda spent: spent.redis_cpu_us),
+    "commands": ("", lambda spent: spent.commands),
+    "bytes": ("KiB", lambda spent: spent.kib_in + spent.kib_out),
+}
+
+
+@dataclass(slots=True)
+class Found:
+    """What one kind of desk cost, in each pass."""
+
+    idle: list[Spent] = field(default_factory=list)
+    """A second of nothing."""
+
+    turn: list[Spent] = field(default_factory=list)
+    """A turn, without its share of that."""
+
+    failed: int = 0
+
+
+async def measure(short: bool) -> list[Figure]:
+    """Each kind of desk alone on the machine, one after the other, in several passes."""
+    passes, seconds = (1, 3.0) if short else (3, 8.0)
+    by_workers = {workers: Found() for workers in ((1, 2) if short else (1, 2, 4, 8))}
+    by_partitions = {partitions: Found() for partitions in ((16, 256) if short else (16, 64, 256, 1_024))}
+    for _ in range(passes):
+        for workers, found in by_workers.items():
+            await cost_one(found, seconds, workers=workers, partitions=PARTITIONS)
+        for partitions, found in by_partitions.items():
+            await cost_one(found, seconds, workers=WORKERS, partitions=partitions)
+    return [
+        *figures_of("workers", by_workers),
+        *figures_of("partitions", by_partitions),
+        Figure("failed", sum(found.failed for found in (*by_workers.values(), *by_partitions.values())), at_most=0),
+    ]
+
+
+async def cost_one(found: Found, seconds: float, *, workers: int, partitions: int) -> None:
+    """Start a desk, let it be, load it, and note both costs."""
+    asked = turn_requests()
+
+    async def load(desk: RedisDesk, seconds: float) -> int:
+        done = await open_loop(
+            desk.hosts[0].port,
+            lambda n: asked(n % CONNECTIONS, n),
+            is_answered_nth,
+            rate=RATE,
+            seconds=seconds,
+            connections=CONNECTIONS,
+        )
+        found.failed += done.failed
+        return done.answered
+
+    async with running_redis_desk("redis-cost", onion(3), workers=workers, partitions=partitions) as desk:
+        await load(desk, 2.0)  # warms it up
+        idle = await desk.idle(seconds)
+        before, began = await desk.spent(), monotonic()
+        answered = await load(desk, seconds)
+        spent = await desk.spent() - before
+        found.idle.append(idle)
+        found.turn.append(spent.less(idle, monotonic() - began).each(answered))
+
+
+def figures_of(what: str, desks: dict[int, Found]) -> list[Figure]:
+    """A turn's cost in each kind, what it grew by from the least to the most, and what a second of nothing costs."""
+    figures = []
+    for cost, (unit, read) in COSTS.items():
+        values = {number: median(read(spent) for spent in found.turn) for number, found in desks.items()}
+        figures += [Figure(f"{number:,} {what}, a turn, {cost}", value, unit) for number, value in values.items()]
+        first, *_, last = values
+        grown = values[last] / values[first]
+        figures.append(Figure(f"{last:,} {what} beside {first:,}, {cost}", grown, "times", at_most=GROWTH))
+    for cost, (unit, read) in COSTS.items():
+        figures += [
+            Figure(f"{number:,} {what}, a second of nothing, {cost}", median(map(read, found.idle)), unit)
+            for number, found in desks.items()
+        ]
+    return figures
+
+
+if __name__ == "__main__":
+    run_main(measure)
