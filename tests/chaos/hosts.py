@@ -218,10 +218,10 @@ async def measure(
                 await fleet.swap()
 
         began = perf_counter()
+        watching = asyncio.create_task(owners.watch())
         async with asyncio.TaskGroup() as group:
             for visitor in make_visitors(crowd, conversations):
                 group.create_task(visitor.run())
-            group.create_task(owners.watch(lambda: crowd.over))
             group.create_task(swap_now_and_then())
             try:
                 await asyncio.sleep(1.0)
@@ -231,7 +231,10 @@ async def measure(
                 crowd.over = True
         seconds = perf_counter() - began
         unended = await owners.wait_quiet(QUIET_S)
-        refused = await owners.refused()
+        watching.cancel()
+        await asyncio.wait([watching])
+        await owners.look()
+        refused, given_up = await owners.refused(), await owners.dead_letters()
         await read_back(fleet, crowd)
     crowd.history.save(OUT / f"{name}.jsonl")
     return [
@@ -241,6 +244,7 @@ async def measure(
         Figure("swaps, on every host", fleet.version),
         *_figures(crowd, director, fsync),
         Figure("turns that never ended", unended, at_most=0),
+        Figure("given up as dead letters", given_up, at_most=0),
         Figure("stale writes refused", refused),
     ]
 
@@ -251,7 +255,7 @@ def _figures(crowd: Crowd, director: Director, fsync: Fsync) -> list[Figure]:
     verdict = judge(events)
     for fault in verdict.faults[:20]:
         print(fault, file=sys.stderr)
-    for said, times in (crowd.strange + crowd.said).most_common(20):
+    for said, times in [*crowd.strange.most_common(), *crowd.said.most_common(20)]:
         print(f"{times} times {said}", file=sys.stderr)
     kinds = judged(verdict)
     if fsync != "always" and director.crashes:  # it was told so: here it is measured
@@ -267,6 +271,7 @@ def _figures(crowd: Crowd, director: Director, fsync: Fsync) -> list[Figure]:
         *kinds,
         Figure("streams", verdict.streams),
         Figure("streams begun anew", verdict.restarts),
+        Figure("streams that ended with the reply of a later try", crowd.overtaken),
         Figure("answers that no host may give", crowd.strange.total(), at_most=0),
         Figure("accepted within 1 s of being sent", accepted_within(events, 1.0), "%"),
         *_pauses(crowd, director),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from time import perf_counter
 
 import msgspec
@@ -68,9 +68,9 @@ class Owners:
                 )
         return True
 
-    async def watch(self, over: Callable[[], bool]) -> None:
-        """Look again and again, until the run is *over*."""
-        while not over():
+    async def watch(self) -> None:
+        """Look again and again, until it is cancelled."""
+        while True:
             await self.look()
             await asyncio.sleep(LOOK_S)
 
@@ -95,6 +95,11 @@ class Owners:
         """How many writes of owners with an old epoch were refused, ever."""
         rows = await self._redis.ask([(key, ("HGET", key, "refused")) for key in self._keys])
         return sum(int(row or 0) for row in rows)
+
+    async def dead_letters(self) -> int:
+        """How many messages were given up."""
+        names = [f"{key.removesuffix('own')}dead" for key in self._keys]
+        return sum(await self._redis.ask([(name, ("HLEN", name)) for name in names]))
 
     async def id_memory(self) -> tuple[int, int]:
         """How many ids of messages are kept, and how many bytes of memory they take."""

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from tests.chaos.bot import CHUNKS, STREAM
 from tests.load.client import Answer, ConnectionLost, HttpClient
-from tests.load.desk import message_body, note_taken, read_entry, read_page, read_taken, shown
+from tests.load.desk import Entry, message_body, note_taken, read_entry, read_page, read_taken, shown
 from tests.load.history import Accepted, Heard, History, Joined, Sent, Streamed
 from tests.load.hosts import Server
 from tests.load.sockets import WebSocket, open_socket
@@ -82,6 +82,9 @@ class Crowd:
 
     strange: Counter[str] = field(default_factory=Counter)
     """What no host may ever say."""
+
+    overtaken: int = 0
+    """Streams whose reply is of a later try than all their chunks."""
 
     over: bool = False
 
@@ -248,23 +251,34 @@ class _Chunks:
         self._next = index + 1
         self.text += text
 
-    def ended(self, conversation: str, id: str) -> Streamed:
-        return Streamed(
-            conversation=conversation,
-            id=id,
+    def ended(self, crowd: Crowd, reply: Entry) -> None:
+        """Put it into the history, unless all of it is of a try before the one whose reply was kept.
+
+        A host that is robbed of a turn may have said it all by then, and chunks of the next may be lost on their way:
+        they are not kept. The reply says what holds.
+        """
+        if not self.text:
+            return  # a repeat of a turn that had ended
+        if self.text[: self.text.find("]")] != reply.text[: reply.text.find("]")]:
+            crowd.overtaken += 1
+            return
+        stream = Streamed(
+            conversation=reply.conversation,
+            id=reply.to or "",
             time=perf_counter(),
             text=self.text,
             ended=True,
             restarts=self.restarts,
             holes=self._holes + CHUNKS - self._next,
         )
+        crowd.history.add(stream)
 
 
 class _Streamer(_OneByOne):
     """`Accept: text/event-stream`: every answer in chunks."""
 
     async def attempt(self, id: str, text: str) -> bool:
-        host, chunks, answered = self.host, _Chunks(), False
+        host, chunks, reply = self.host, _Chunks(), None
         self.sent(id)
         try:
             target = f"/v1/conversations/{self.conversation}/messages"
@@ -276,23 +290,20 @@ class _Streamer(_OneByOne):
                     said = _read_said(data)
                     chunks.add(said.index, said.text)
                 elif event == "reply":
-                    self.crowd.history.add(shown(read_entry(data), perf_counter()))
-                    answered = True
+                    reply = read_entry(data)
+                    self.crowd.history.add(shown(reply, perf_counter()))
                 elif event == "error":
                     self.crowd.said[f"stream: {_read_said(data).code}"] += 1
                     return False
                 elif event == "done":
-                    self._done(id, chunks, answered)
+                    if reply is None:
+                        self.crowd.strange["a stream is done without a reply"] += 1
+                    else:
+                        chunks.ended(self.crowd, reply)
                     return True
         except ConnectionLost as exc:
             self.crowd.said[f"stream: {_short(exc)}"] += 1
         return False
-
-    def _done(self, id: str, chunks: _Chunks, answered: bool) -> None:
-        if not answered:
-            self.crowd.strange["a stream is done without a reply"] += 1
-        elif chunks.text:  # a repeat whose turn had ended has none
-            self.crowd.history.add(chunks.ended(self.conversation, id))
 
 
 class Watcher:
@@ -389,8 +400,8 @@ class _Stay:
             visitor.crowd.history.add(
                 Heard(conversation=visitor.conversation, id=self.id, time=now, seq=reply.seq, again=again)
             )
-            if (chunks := self._chunks.pop(reply.to or "", None)) is not None and chunks.text:
-                visitor.crowd.history.add(chunks.ended(visitor.conversation, reply.to or ""))
+            if (chunks := self._chunks.pop(reply.to or "", None)) is not None:
+                chunks.ended(visitor.crowd, reply)
             visitor.heard(reply.seq, reply.to, again)
         elif said.type == "error":
             visitor.crowd.said[f"websocket: {said.code}"] += 1

@@ -181,13 +181,19 @@ async def test_a_component_is_pushed_like_any_other(
 
 
 async def test_two_who_push_at_once_agree(start_fleet: StartFleet) -> None:
-    """Of pushes at the same time each is published, one after the other, and all hosts serve the last."""
+    """Of pushes and removals at the same time each is published, one after the other, and all hosts do as the last."""
     fleet = await start_fleet()
-    pushed = await asyncio.gather(*(fleet.push("bot", {"__init__.py": echo(number)}) for number in range(4)))
+    await fleet.push("bot", {"__init__.py": echo(9)})
+    pushes = (fleet.push("bot", {"__init__.py": echo(number)}) for number in range(3))
+    (removed, *pushed) = await asyncio.gather(shelves.remove(fleet.shelf, "bot", "a test"), *pushes)
     assert all(fresh for _, fresh in pushed)
     record = shelves.read_record("bot", (await fleet.shelf.read())[0]["bot"])
-    assert {one.hash for one in (record, *record.before)} == {one.hash for one, _ in pushed}
-    await fleet.wait_stands(record, "serves", "serves")
+    assert {one.hash for one, _ in pushed} <= {one.hash for one in (record, *record.before)}
+    await fleet.wait_stands(record, *(["gone"] if record == removed else ["serves"]) * 2)
+    kept = (await fleet.shelf.read())[0]
+    for over in (b"", kept["bot"][:-1], b"another"):  # made from a record that is not the one there any more
+        assert not await fleet.shelf.publish("bot", b"{}", over=over, hash="", data=b"", keep=[])
+    assert (await fleet.shelf.read())[0] == kept
 
 
 async def test_older_versions_can_be_pushed_back(start_fleet: StartFleet, redis: RedisServer) -> None:

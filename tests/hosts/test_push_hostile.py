@@ -269,15 +269,17 @@ async def test_workers_of_one_host_write_the_same(tmp_path: Path) -> None:
         return looks, missed
 
     looking = None
-    for version in range(8):
-        now = files | {"version.txt": str(version).encode()}
-        hash = hash_of(pack("bot", now))
-        found = await asyncio.gather(*(asyncio.to_thread(place, one, hash, now) for one in places))
-        assert found == [len(now)] * len(places)
-        assert {name: found for name, (found, _) in places[1].held().items()} == {"bot": hash}
-        assert places[2].take_out_damaged() == []
-        looking = looking or asyncio.ensure_future(asyncio.to_thread(look))
-    over.set()
+    try:
+        for version in range(8):
+            now = files | {"version.txt": str(version).encode()}
+            hash = hash_of(pack("bot", now))
+            found = await asyncio.gather(*(asyncio.to_thread(place, one, hash, now) for one in places))
+            assert found == [len(now)] * len(places)
+            assert {name: found for name, (found, _) in places[1].held().items()} == {"bot": hash}
+            assert places[2].take_out_damaged() == []
+            looking = looking or asyncio.ensure_future(asyncio.to_thread(look))
+    finally:
+        over.set()
     assert looking is not None
     looks, missed = await looking
     assert (looks > 8, missed) == (True, 0)

@@ -17,8 +17,8 @@ from tests.web.visitors import sse_events
 
 from conftest import Desk, StartDesk, wait_until
 
-AT_ONCE_S = 0.5
-"""For an answer that takes some milliseconds."""
+AT_ONCE_S = 0.8
+"""For an answer that takes some milliseconds. A try to connect to a server that is frozen takes a second."""
 
 MANY_TRIES_S = 0.6
 """Meanwhile the host tries several times to connect again: nobody is to wait for that."""

@@ -1,8 +1,9 @@
 """What a turn costs the hosts and Redis (CPU, commands, bytes) with 1 to 8 workers and with 16 to 1,024 partitions.
 
-The traffic is the same in all, at a fixed rate, on the same two cores. What is spent where nobody says anything
-(heartbeats, looks at what went missing) is measured apart, before the load, and taken off: a turn's own cost is what
-grows with traffic, and that of being there is a host's.
+All on the same two cores, at fixed rates: workers once with the same traffic in all, which each has less and less of,
+and once with traffic that grows with them. What is spent where nobody says anything (heartbeats, looks at what went
+missing) is measured apart, before the load, and taken off: a turn's own cost is what grows with traffic, and that of
+being there is a host's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from tests.load.sources import onion
 __all__ = ["measure"]
 
 RATE = 600
+RATE_EACH = 75
+"""A second, of each worker: eight have `RATE`."""
+
 CONNECTIONS = 64
 PARTITIONS = 256
 """Where the workers are what differs."""
@@ -41,6 +45,11 @@ COSTS: dict[str, tuple[str, Callable[[Spent], float]]] = {
 class Found:
     """What one kind of desk cost, in each pass."""
 
+    workers: int
+    partitions: int
+    rate: int
+    """Turns a second."""
+
     idle: list[Spent] = field(default_factory=list)
     """A second of nothing."""
 
@@ -53,21 +62,25 @@ class Found:
 async def measure(short: bool) -> list[Figure]:
     """Each kind of desk alone on the machine, one after the other, in several passes."""
     passes, seconds = (1, 3.0) if short else (3, 8.0)
-    by_workers = {workers: Found() for workers in ((1, 2) if short else (1, 2, 4, 8))}
-    by_partitions = {partitions: Found() for partitions in ((16, 256) if short else (16, 64, 256, 1_024))}
+    several = (1, 2) if short else (1, 2, 4, 8)
+    together = {workers: Found(workers, PARTITIONS, RATE) for workers in several}
+    each = {workers: Found(workers, PARTITIONS, RATE_EACH * workers) for workers in several}
+    spread = {
+        partitions: Found(WORKERS, partitions, RATE) for partitions in ((16, 256) if short else (16, 64, 256, 1_024))
+    }
+    kinds = {f"workers, {RATE}/s in all": together, f"workers, {RATE_EACH}/s each": each, "partitions": spread}
     for _ in range(passes):
-        for workers, found in by_workers.items():
-            await cost_one(found, seconds, workers=workers, partitions=PARTITIONS)
-        for partitions, found in by_partitions.items():
-            await cost_one(found, seconds, workers=WORKERS, partitions=partitions)
+        for desks in kinds.values():
+            for found in desks.values():
+                await cost_one(found, seconds)
     return [
-        *figures_of("workers", by_workers),
-        *figures_of("partitions", by_partitions),
-        Figure("failed", sum(found.failed for found in (*by_workers.values(), *by_partitions.values())), at_most=0),
+        *(figure for what, desks in kinds.items() for figure in figures_of(what, desks)),
+        *(figure for what, desks in kinds.items() if desks is not each for figure in idle_figures_of(what, desks)),
+        Figure("failed", sum(found.failed for desks in kinds.values() for found in desks.values()), at_most=0),
     ]
 
 
-async def cost_one(found: Found, seconds: float, *, workers: int, partitions: int) -> None:
+async def cost_one(found: Found, seconds: float) -> None:
     """Start a desk, let it be, load it, and note both costs."""
     asked = turn_requests()
 
@@ -76,14 +89,14 @@ async def cost_one(found: Found, seconds: float, *, workers: int, partitions: in
             desk.hosts[0].port,
             lambda n: asked(n % CONNECTIONS, n),
             is_answered_nth,
-            rate=RATE,
+            rate=found.rate,
             seconds=seconds,
             connections=CONNECTIONS,
         )
         found.failed += done.failed
         return done.answered
 
-    async with running_redis_desk("redis-cost", onion(3), workers=workers, partitions=partitions) as desk:
+    async with running_redis_desk("redis-cost", onion(3), workers=found.workers, partitions=found.partitions) as desk:
         await load(desk, 2.0)  # warms it up
         idle = await desk.idle(seconds)
         before, began = await desk.spent(), monotonic()
@@ -94,20 +107,25 @@ async def cost_one(found: Found, seconds: float, *, workers: int, partitions: in
 
 
 def figures_of(what: str, desks: dict[int, Found]) -> list[Figure]:
-    """A turn's cost in each kind, what it grew by from the least to the most, and what a second of nothing costs."""
+    """A turn's cost in each kind, and what it grew by from the least to the most."""
     figures = []
     for cost, (unit, read) in COSTS.items():
         values = {number: median(read(spent) for spent in found.turn) for number, found in desks.items()}
-        figures += [Figure(f"{number:,} {what}, a turn, {cost}", value, unit) for number, value in values.items()]
+        figures += [Figure(f"{number:,} {what}: a turn, {cost}", value, unit) for number, value in values.items()]
         first, *_, last = values
         grown = values[last] / values[first]
-        figures.append(Figure(f"{last:,} {what} beside {first:,}, {cost}", grown, "times", at_most=GROWTH))
-    for cost, (unit, read) in COSTS.items():
-        figures += [
-            Figure(f"{number:,} {what}, a second of nothing, {cost}", median(map(read, found.idle)), unit)
-            for number, found in desks.items()
-        ]
+        figures.append(Figure(f"{last:,} {what}, beside {first:,}: {cost}", grown, "times", at_most=GROWTH))
     return figures
+
+
+def idle_figures_of(what: str, desks: dict[int, Found]) -> list[Figure]:
+    """What a second of nothing costs in each kind."""
+    kind = what.partition(",")[0]
+    return [
+        Figure(f"{number:,} {kind}: a second of nothing, {cost}", median(map(read, found.idle)), unit)
+        for cost, (unit, read) in COSTS.items()
+        for number, found in desks.items()
+    ]
 
 
 if __name__ == "__main__":

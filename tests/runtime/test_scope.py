@@ -368,6 +368,22 @@ async def test_what_is_left_is_caught_undone_and_named(start_desk: StartDesk, wh
     await wait_until(lambda: census() == before, f"{before}, not {census()}")
 
 
+async def test_a_proxy_of_a_library_is_left_asleep(start_desk: StartDesk) -> None:
+    """A host that looks for what plugins could register with asks no object that imports something when it is asked."""
+    asked = []
+
+    class Proxy:
+        @property
+        def __class__(self) -> type:
+            asked.append(self)
+            return object
+
+    proxies = [Proxy()]
+    await start_desk({"bot.py": HEAD})
+    assert not asked
+    assert len(proxies) == 1
+
+
 async def test_an_exit_function_is_not_called_for_a_plugin_that_is_gone(start_desk: StartDesk) -> None:
     """What `atexit` kept of a plugin is let go with it; what the plugin took back itself is not held against it."""
     source = f"{HEAD}import atexit\n@atexit.register\ndef bye(): ...\n"

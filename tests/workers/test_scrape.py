@@ -18,8 +18,8 @@ def parsed(text: str) -> Samples:
     found: Samples = defaultdict(dict)
     names = set()
     for family in text_string_to_metric_families(text):
-        assert family.name not in names, f"{family.name} comes twice"
-        names.add(family.name)
+        assert (family.name, family.type) not in names, f"{family.name} comes twice"
+        names.add((family.name, family.type))  # the parser takes the `_total` from a counter's name
         for sample in family.samples:
             labels = frozenset(sample.labels.items())
             assert labels not in found[sample.name], f"{sample} comes twice"

@@ -19,6 +19,7 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
 
 from ..errors import BackendError, BackendUnavailable
+from ..logs import get_log
 from .redis_news import News
 from .redis_servers import Hears
 from .redis_url import RedisUrl
@@ -50,7 +51,7 @@ HEDGE_S = 0.1
 """How long a server that is asked for the map is waited for before another is asked too."""
 
 ASK_S = 2.0
-"""And how long all of them together; a connection that can't be made has said so by then."""
+"""And how long the last of them; a connection that can't be made has said so by then."""
 
 RESYNC_S = 0.1
 """Channels of many slots that move one after the other are one reason to read again what was missed."""
@@ -207,8 +208,8 @@ class ManyServers:
         before = self._owner[exc.slot_id]
         if before != address:
             self._owner[exc.slot_id] = address
-            if before is not None:
-                self._clear(self._node(before))
+            if before is not None and (left := self._nodes.get(before)) is not None:
+                self._clear(left)
         self._wake.set()
 
     def _clear(self, node: _Node) -> None:
@@ -328,7 +329,11 @@ class ManyServers:
             self._watching = own_task(self._watch())
         if self._loading is None or self._loading.done():
             self._loading = own_task(self._read_map())
-        await asyncio.shield(self._loading)
+        loading = self._loading
+        await asyncio.wait([loading])
+        if loading.cancelled():
+            raise BackendUnavailable(self._url.text, "the host is stopping")
+        loading.result()
 
     async def _watch(self) -> None:
         """Read the map again whenever somebody was misled, and again and again while something is wrong."""
@@ -353,6 +358,8 @@ class ManyServers:
                     await self._load()
                 except BackendError:
                     pass  # `trouble` says so
+                except Exception as exc:  # a map that can't be read must not end all watching
+                    get_log().error("cluster_map_failed", exc_info=exc)
                 await asyncio.sleep(RETRY_S)
 
     def _is_unwell(self) -> bool:
@@ -375,10 +382,9 @@ class ManyServers:
         failed: list[BaseException] = []
         try:
             while candidates or waiting:
-                wait_s = ASK_S
                 if candidates:
                     waiting.add(own_task(self._ask(candidates.pop(0))))
-                    wait_s = HEDGE_S
+                wait_s = HEDGE_S if candidates else ASK_S
                 done, waiting = await asyncio.wait(waiting, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 failed += [exc for one in done if (exc := one.exception()) is not None]
                 good = [one.result() for one in done if one.exception() is None]
@@ -413,10 +419,7 @@ class ManyServers:
         if b"cluster_state:ok" not in said:
             # What it knows may be old: it may be cut off from the others.
             raise BackendUnavailable(self._url.text, f"the Cluster is down (CLUSTER INFO at {address[0]}:{address[1]})")
-        return [
-            (first, last, [((node[0] or b"").decode() or address[0], node[1]) for node in nodes])
-            for first, last, *nodes in spans
-        ]
+        return [(first, last, [_address(node, address[0]) for node in nodes]) for first, last, *nodes in spans]
 
     def _use_map(self, spans: list[tuple[int, int, list[Address]]]) -> None:
         owner: list[Address | None] = [None] * SLOTS
@@ -544,3 +547,12 @@ class ManyServers:
 def _slot_of(channel: str) -> int:
     slot: int = key_slot(channel.encode())
     return slot
+
+
+def _address(node: list[Any], asked: str) -> Address:
+    """Where a node of the map is. One that names no host is where *asked* is, or has its IP beside its name."""
+    host, port = node[0], node[1]
+    if host in (None, b"", b"?"):
+        beside = node[3] if len(node) > 3 else []
+        host = dict(zip(beside[::2], beside[1::2], strict=True)).get(b"ip", asked.encode())
+    return host.decode(), port

@@ -170,7 +170,7 @@ class Members:
         if changed and self.alive:
             for name in self.alive.keys() - alive.keys():
                 gone = self.alive[name]
-                get_log().info("worker_gone", worker=gone.name, host=gone.host, pid=gone.pid)
+                get_log().info("worker_gone", member=gone.name, host=gone.host, pid=gone.pid)
         self.alive = alive
         if changed:
             self._settled = False
