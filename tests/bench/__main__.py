@@ -46,6 +46,7 @@ RUNS = {
     "redis_ceiling": "tests.load.redis_ceiling",
     "redis_presence": "tests.load.redis_presence",
     "redis_reconnect": "tests.load.redis_reconnect",
+    "push": "tests.load.push",
     "hosts": "tests.chaos.hosts",
     "once": "tests.chaos.once",
 }

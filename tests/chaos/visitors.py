@@ -30,8 +30,8 @@ __all__ = ["Crowd", "Visitor", "Watcher", "make_visitors"]
 PATIENCE_S = 1.0
 """A visitor who has heard nothing for so long goes to another host."""
 
-WAITS_S = (0.0, 0.05, 0.1, 0.2, 0.4)
-"""Between tries; the last is repeated."""
+WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Between tries; the last is repeated. A thousand who do not hold back are an outage of their own."""
 
 GIVE_UP = 0.02
 """How likely a visitor is to say no more of a message whose try failed: nobody then asks what became of it."""

@@ -14,7 +14,7 @@ from conftest import Desk
 
 __all__ = ["WAYS", "Reach", "gauge", "kept_in", "post"]
 
-WAYS = ("killed", "frozen", "cut off", "silent")
+WAYS = ("killed", "frozen", "cut off")
 
 
 class Reach:
@@ -39,10 +39,9 @@ class Reach:
             await self.server.kill()
         elif how == "frozen":
             self.server.freeze()
-        elif how == "cut off":
-            self.link.cut()
         else:
-            self.link.stall()
+            assert how == "cut off"
+            self.link.cut()
 
     async def find(self) -> None:
         """Have it there again; it answers `PING` when this returns."""

@@ -468,6 +468,11 @@ async def test_a_restart_serves_what_it_had_and_mends_what_was_damaged(
     await redis.command("FLUSHALL")
     async with open_host(config, serve=False) as host:
         assert {entry.name for entry in host.plugins.entries if entry.current} == {"bot", "hurt"}
+    version.write_text("raise SystemExit('this must not run')\n")
+    async with open_host(config, serve=False, listen=events.append) as host:
+        assert {entry.name for entry in host.plugins.entries} == {"bot"}
+        [_, refused] = [event for event in events if event["kind"] == "push_refused"]
+        assert "not loaded, for it can't be fetched anew" in refused["message"]
 
 
 async def test_reports_of_the_dead_are_not_told_and_go(start_fleet: StartFleet, redis: RedisServer) -> None:

@@ -276,7 +276,7 @@ async def test_workers_of_one_host_write_the_same(tmp_path: Path) -> None:
             found = await asyncio.gather(*(asyncio.to_thread(place, one, hash, now) for one in places))
             assert found == [len(now)] * len(places)
             assert {name: found for name, (found, _) in places[1].held().items()} == {"bot": hash}
-            assert places[2].take_out_damaged() == []
+            assert places[2].find_damaged() == set()
             looking = looking or asyncio.ensure_future(asyncio.to_thread(look))
     finally:
         over.set()

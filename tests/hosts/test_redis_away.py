@@ -1,4 +1,4 @@
-"""Redis is killed, frozen, cut off or silent: doors say so at once, promise nothing false, and it all comes back."""
+"""Redis is killed, frozen or cut off: doors say so at once, promise nothing false, and it all comes back."""
 
 from __future__ import annotations
 

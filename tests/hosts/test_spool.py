@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.hosts.away import Reach, gauge, kept_in, post
+from tests.hosts.away import WAYS, Reach, gauge, kept_in, post
 from tests.hosts.conftest import TALKER
 from tests.load.hosts import Server, host_on
 from tests.redis_servers import RedisServer
@@ -81,7 +81,7 @@ async def answered(http: aiohttp.ClientSession, url: str, conversation: str, cou
 # -- what the doors say ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["killed", "frozen", "cut off"])
+@pytest.mark.parametrize("way", WAYS)
 async def test_a_websocket_hears_spooled_and_later_accepted(desk: Desk, reach: Reach, way: str) -> None:
     """Messages sent in one go while Redis goes: each spooled, then accepted, in order, once, however it went."""
     async with connect(desk) as ws:

@@ -67,7 +67,7 @@ class WebSocket(asyncio.Protocol):
                 self._buffer = buffer
                 return
             if not buffer.startswith(b"HTTP/1.1 101"):
-                self._open.set_exception(ConnectionLost(buffer[:200].decode(errors="replace")))
+                self._refuse(ConnectionLost(buffer[:200].decode(errors="replace")))
                 self.transport.abort()
                 return
             self._open.set_result(None)
@@ -77,7 +77,12 @@ class WebSocket(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = self.closed or f"lost: {exc!r}"
         if self._open is not None and not self._open.done():
-            self._open.set_exception(ConnectionLost(self.closed))
+            self._refuse(ConnectionLost(self.closed))
+
+    def _refuse(self, exc: ConnectionLost) -> None:
+        assert self._open is not None
+        self._open.set_exception(exc)
+        self._open.exception()  # it is known: who wanted to connect may not wait for it any more
 
     def _take_frames(self, buffer: bytes) -> bytes:
         """Handle every whole frame in *buffer*; return what is left."""

@@ -30,6 +30,7 @@ TIMES = ("ms", "s", "bytes", "KiB", "MiB", "%", "turns/s", "µs", "times", "core
         "tests.load.wasm_swaps",
         "tests.load.wasm_leak",
         "tests.load.redis_reconnect",
+        "tests.load.push",
     ],
 )
 async def test_nothing_is_lost_doubled_reordered_mixed_or_left(run: str) -> None:

@@ -150,11 +150,14 @@ class Hearing(Reading):
             turn.origin if turn.chunks else "", news,
         )  # fmt: skip
 
+        joined = turn.joined
+
         def told(sent: asyncio.Future[Any]) -> None:
             if sent.cancelled() or sent.exception() is not None:
                 return
             heard = sent.result()
-            turn.heard = heard > 0
+            if heard <= 0 and turn.joined == joined:  # who came meanwhile is not among those who were counted
+                turn.heard = False
             if heard == -1:
                 self._metrics.refused_writes.inc()
 
@@ -249,6 +252,7 @@ class Hearing(Reading):
             for fence in partition.open.values():
                 if fence.conversation == asked.conversation:
                     fence.heard = True
+                    fence.joined += 1
             return
         done = partition.mine and listener.hear_signal(asked.conversation, asked.signal, asked.message)
         telling = self._calls.command(

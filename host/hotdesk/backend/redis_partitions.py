@@ -85,6 +85,7 @@ class Fence:
         "conversation",
         "epoch",
         "heard",
+        "joined",
         "n",
         "origin",
         "partition",
@@ -113,6 +114,9 @@ class Fence:
 
         self.unsure = False
         """An end of it was sent and its answer never came."""
+
+        self.joined = 0
+        """How often somebody elsewhere began to listen while it ran."""
 
         self.heard = True
         """Somebody may listen to its chunks elsewhere."""

@@ -53,6 +53,9 @@ ANSWER_S = 3.0
 AGAIN_S = 0.15
 """After a connection could not be made, commands fail at once for so long; then the next one tries again."""
 
+PATIENCE_S = 0.05
+"""How long it waits for that try, which takes `CONNECT_S` with a server that is frozen."""
+
 CONFIRM_MS = 1000
 """How long replicas have to confirm a batch."""
 
@@ -191,15 +194,17 @@ class Lane:
         self._landed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
-        self._down: BackendUnavailable | None = None
+        self._down: str | None = None
         self._down_until = 0.0
+        self._trying: asyncio.Task[None] | None = None
+        self._tried_at = 0.0
         self._closed = False
         self._ending = "the host is stopping"
 
     @property
     def down(self) -> str | None:
         """Why the server can't be reached, while it can't."""
-        return None if self._down is None else self._down.reason
+        return self._down
 
     @property
     def waiting_s(self) -> float:
@@ -253,16 +258,27 @@ class Lane:
         if self._connection is not None and self._connection.is_connected:
             return self._connection
         self._connection = None
-        if self._down is not None and time.monotonic() < self._down_until:
-            raise self._down
+        now = time.monotonic()
+        if self._trying is None and (self._down is None or now >= self._down_until):
+            self._trying = own_task(self._try())
+            self._tried_at = now
+        if self._trying is not None:
+            patience_s = None if self._down is None else max(0.0, self._tried_at + PATIENCE_S - now)
+            await asyncio.wait([self._trying], timeout=patience_s)
+        if self._connection is None:
+            raise BackendUnavailable(self._name, self._down or "there is no connection")
+        return self._connection
+
+    async def _try(self) -> None:
+        """Make a connection, also when nobody waits for it any more."""
         try:
             self._connection = await self._open()
+            self._down = None
         except (RedisError, OSError, TimeoutError) as exc:
-            self._down = BackendUnavailable(self._name, explain(exc))
+            self._down = explain(exc)
             self._down_until = time.monotonic() + AGAIN_S
-            raise self._down from exc
-        self._down = None
-        return self._connection
+        finally:
+            self._trying = None
 
     async def _exchange(self, batch: list[Command]) -> None:
         started = time.perf_counter()
@@ -380,6 +396,9 @@ class Lane:
             if self._task is not None:
                 self._task.cancel()
                 await asyncio.wait([self._task])
+        if self._trying is not None:
+            self._trying.cancel()
+            await asyncio.wait([self._trying])
         await self.drop()
 
 

@@ -94,7 +94,7 @@ class Sink(Protocol):
 class Reader:
     """One reader of one conversation, from `after` on; None means from now on."""
 
-    __slots__ = ("_backend", "_catching", "_dirty", "_last", "_messages", "_sink", "conversation")
+    __slots__ = ("_backend", "_catching", "_dirty", "_last", "_looking", "_messages", "_sink", "conversation")
 
     def __init__(self, conversation: str, after: int | None, *, messages: bool, sink: Sink, backend: Backend) -> None:
         self.conversation = conversation
@@ -103,6 +103,7 @@ class Reader:
         self._sink = sink
         self._backend = backend
         self._catching: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._dirty = False
 
     def anchor(self, seq: int) -> None:
@@ -116,20 +117,20 @@ class Reader:
             self._dirty = True
         elif self._last is not None:
             self._catch_up()
-        else:
-            self._catching = host_task(self._read_newest())
+        elif self._looking is None:
+            self._looking = host_task(self._read_newest())
 
     async def _read_newest(self) -> None:
-        """From now on is from the newest entry on, if nothing was told by then."""
+        """From now on is from the newest entry on, if nothing was told by then. What is told meanwhile is passed on."""
         try:
             newest = await self._backend.history(self.conversation, NEWEST, 1)
         except BackendUnavailable:
             newest = []  # the next connection begins with this again
-        if self._last is None and newest:
+        self._looking = None
+        if newest and self._last is None:
             self._last = newest[-1].seq
-            self._catching = None
-        else:
-            await self._read()
+        elif newest and self._last is not None and self._last < newest[-1].seq:
+            self._catch_up()
 
     def start(self) -> None:
         """Read what was missed."""
@@ -137,8 +138,9 @@ class Reader:
             self._catch_up()
 
     def close(self) -> None:
-        if self._catching is not None:
-            self._catching.cancel()
+        for task in (self._catching, self._looking):
+            if task is not None:
+                task.cancel()
 
     def hear_chunks(self, events: list[Event]) -> bool:
         """Take chunks in; true while this reader can't take more. One that catches up has its chunks as a reply."""

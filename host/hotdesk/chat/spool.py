@@ -19,11 +19,12 @@ import msgspec
 from hotdesk_sdk import Message
 
 from ..backend import Appended, Backend
-from ..backend.sqlite_spool import SpoolFile, SpoolRow, SpoolTaken, find_spools
+from ..backend.sqlite_spool import SpoolFile, SpoolTaken, find_spools
 from ..errors import BackendError, BackendUnavailable
 from ..logs import Logger
 from ..metrics import Metrics
 from ..runtime.guards import host_task
+from .spool_lanes import Kept, Lane, New, Spooled, Told
 
 __all__ = ["Spool", "Spooled"]
 
@@ -48,70 +49,6 @@ REFUSED_S = 5.0
 
 LOOK_S = 2.0
 """How often spools are looked for whose workers are gone."""
-
-Told = Callable[[Appended | BaseException], None]
-
-
-class Spooled(msgspec.Struct, frozen=True):
-    """A message that is on this machine's disk, and will be in the journal. It has no seq yet."""
-
-    id: str
-    conversation: str
-
-
-class _New:
-    """A message that came in, and who waits to hear of it."""
-
-    __slots__ = ("channel", "door", "locale", "message", "spooled", "told")
-
-    def __init__(
-        self, message: Message, channel: str, locale: str | None, door: str, told: Told,
-        spooled: Callable[[Spooled], bool],
-    ) -> None:  # fmt: skip
-        self.message = message
-        self.channel = channel
-        self.locale = locale
-        self.door = door
-        self.told = told
-        self.spooled = spooled
-
-
-class _Kept:
-    """A message in a spool."""
-
-    __slots__ = ("coming", "file", "message", "on_disk", "row", "told")
-
-    def __init__(self, file: SpoolFile, row: SpoolRow, *, on_disk: bool) -> None:
-        self.file = file
-        self.row = row
-        self.on_disk = on_disk
-        self.message: Message | None = None
-        """Once it was read; before, it is on the disk alone."""
-
-        self.coming: list[_New] = []
-        """Who waits for it to be on disk."""
-
-        self.told: list[Told] = []
-        """Who waits for it to be in the journal."""
-
-
-class _Lane:
-    """A conversation of which something is on its way: to the journal, or to the disk and then to the journal."""
-
-    __slots__ = ("busy", "conversation", "holding", "kept", "queued", "waiting")
-
-    def __init__(self, conversation: str) -> None:
-        self.conversation = conversation
-        self.busy = False
-        """A message of it is on its way to the journal."""
-
-        self.kept: deque[_Kept] = deque()
-        self.waiting: deque[_New] = deque()
-        """Those behind one that goes to the journal without having been spooled, or behind `kept`."""
-
-        self.queued = False
-        self.holding: asyncio.TimerHandle | None = None
-        """Until when those behind `kept` wait in memory."""
 
 
 class Spool:
@@ -143,9 +80,9 @@ class Spool:
         self._left: list[SpoolFile] = []
         """Spools of others that this worker has taken on."""
 
-        self._lanes: dict[str, _Lane] = {}
-        self._ids: dict[tuple[str, str], _Kept] = {}
-        self._ready: deque[_Lane] = deque()
+        self._lanes: dict[str, Lane] = {}
+        self._ids: dict[tuple[str, str], Kept] = {}
+        self._ready: deque[Lane] = deque()
         self._some = asyncio.Event()
         self._look_now = asyncio.Event()
         self._stopping = False
@@ -230,10 +167,10 @@ class Spool:
         *told* is called with the outcome. Where that is far off, *spooled* is called first, once the message is on
         disk, and says whether *told* is still to be called.
         """
-        new = _New(message, channel, locale, door, told, spooled)
+        new = New(message, channel, locale, door, told, spooled)
         lane = self._lanes.get(message.conversation)
         if lane is None:
-            lane = self._lanes[message.conversation] = _Lane(message.conversation)
+            lane = self._lanes[message.conversation] = Lane(message.conversation)
             self._append(lane, new)
         elif lane.kept and self._away:
             self._keep(lane, new)
@@ -242,14 +179,14 @@ class Spool:
             if lane.kept and lane.holding is None:
                 lane.holding = self._loop.call_later(HOLD_S, self._keep_waiting, lane)
 
-    def _append(self, lane: _Lane, new: _New) -> None:
+    def _append(self, lane: Lane, new: New) -> None:
         lane.busy = True
         appending = self._backend.append(
             new.message, channel=new.channel, locale=new.locale, given=True, chunks=new.door == "sse"
         )
         appending.add_done_callback(partial(self._appended, lane, new))
 
-    def _appended(self, lane: _Lane, new: _New, appending: asyncio.Future[Appended]) -> None:
+    def _appended(self, lane: Lane, new: New, appending: asyncio.Future[Appended]) -> None:
         lane.busy = False
         if appending.cancelled():
             outcome: Appended | BaseException = BackendUnavailable("the journal", "the host is stopping")
@@ -275,7 +212,7 @@ class Spool:
 
     # -- to the disk -----------------------------------------------------------------------------------------
 
-    def _keep_waiting(self, lane: _Lane) -> None:
+    def _keep_waiting(self, lane: Lane) -> None:
         """Those that wait behind others on the disk go there too."""
         if lane.holding is not None:
             lane.holding.cancel()
@@ -287,7 +224,7 @@ class Spool:
         for lane in [lane for lane in self._lanes.values() if lane.waiting]:
             self._keep_waiting(lane)
 
-    def _keep(self, lane: _Lane, new: _New) -> None:
+    def _keep(self, lane: Lane, new: New) -> None:
         key = lane.conversation, new.message.id
         kept = self._ids.get(key)
         if kept is not None:
@@ -306,7 +243,7 @@ class Spool:
         except Exception as exc:  # what is no JSON: the journal would have said the same
             self._loop.call_soon(new.told, exc)
             return
-        kept = self._ids[key] = _Kept(file, row, on_disk=False)
+        kept = self._ids[key] = Kept(file, row, on_disk=False)
         kept.coming.append(new)
         lane.kept.append(kept)
         putting.add_done_callback(partial(self._put, lane, kept))
@@ -314,7 +251,7 @@ class Spool:
     def _full(self) -> str:
         return f"the journal is away and the spool is full ({self._max_bytes // 2**20} MiB; the setting is spool_mb)"
 
-    def _put(self, lane: _Lane, kept: _Kept, putting: asyncio.Future[None]) -> None:
+    def _put(self, lane: Lane, kept: Kept, putting: asyncio.Future[None]) -> None:
         exc = putting.exception()
         if exc is None:
             self._problem = None
@@ -330,7 +267,7 @@ class Spool:
                 self._loop.call_soon(new.told, exc)
         self._go_on(lane)
 
-    def _tell_spooled(self, kept: _Kept) -> None:
+    def _tell_spooled(self, kept: Kept) -> None:
         coming, kept.coming = kept.coming, []
         for new in coming:
             if new.spooled(Spooled(kept.row.id, kept.row.conversation)):
@@ -338,7 +275,7 @@ class Spool:
 
     # -- from the disk to the journal ------------------------------------------------------------------------
 
-    def _go_on(self, lane: _Lane) -> None:
+    def _go_on(self, lane: Lane) -> None:
         """Have the next of *lane* put into the journal, or be done with it."""
         if lane.busy or lane.queued:
             return
@@ -378,7 +315,7 @@ class Spool:
         self._sending.discard(sending)
         self._some.set()
 
-    async def _send_some(self, lane: _Lane) -> None:
+    async def _send_some(self, lane: Lane) -> None:
         """Put messages of *lane* into the journal, one after the other, while it takes them."""
         try:
             for _ in range(IN_A_ROW):
@@ -394,7 +331,7 @@ class Spool:
             return
         self._release(lane)
 
-    async def _send_head(self, lane: _Lane) -> None:
+    async def _send_head(self, lane: Lane) -> None:
         kept = lane.kept[0]
         row = kept.row
         if kept.message is None:
@@ -411,7 +348,7 @@ class Spool:
         self._delete(kept)
         self._tell_appended(kept, message, appended)
 
-    async def _read_some(self, lane: _Lane) -> None:
+    async def _read_some(self, lane: Lane) -> None:
         """Read the first message of *lane*, and some of those behind it."""
         file = lane.kept[0].file
         some = [kept for kept in itertools.islice(lane.kept, IN_A_ROW) if kept.file is file and kept.on_disk]
@@ -419,11 +356,11 @@ class Spool:
         for kept, message in zip(some, messages, strict=True):
             kept.message = message
 
-    def _release(self, lane: _Lane) -> None:
+    def _release(self, lane: Lane) -> None:
         lane.busy = False
         self._go_on(lane)
 
-    def _tell_appended(self, kept: _Kept, message: Message, appended: Appended) -> None:
+    def _tell_appended(self, kept: Kept, message: Message, appended: Appended) -> None:
         """Begin the turn, and tell who waits: the first of them as it is, the others as those who sent it again."""
         waiting: list[Told | None] = [*kept.told, *(new.told for new in kept.coming)]
         kept.coming = []
@@ -437,11 +374,11 @@ class Spool:
                 self._log.error("watcher_failed", conversation=message.conversation, exc_info=exc)
             appended = msgspec.structs.replace(appended, duplicate=True, open=True)
 
-    def _delete(self, kept: _Kept) -> None:
+    def _delete(self, kept: Kept) -> None:
         """Forget it on disk; until that is done it would only be sent once more, and known by its id."""
         kept.file.delete(kept.row).add_done_callback(partial(self._deleted, kept))
 
-    def _deleted(self, kept: _Kept, deleting: asyncio.Future[None]) -> None:
+    def _deleted(self, kept: Kept, deleting: asyncio.Future[None]) -> None:
         if deleting.exception() is not None:
             if not self._stopping:
                 self._loop.call_later(REFUSED_S, self._delete, kept)
@@ -480,14 +417,14 @@ class Spool:
 
     def _index(self, file: SpoolFile) -> None:
         """Have what was found in *file* put into the journal, before what came here later."""
-        found: dict[str, list[_Kept]] = {}
+        found: dict[str, list[Kept]] = {}
         for row in file.found:
-            kept = _Kept(file, row, on_disk=True)
+            kept = Kept(file, row, on_disk=True)
             self._ids.setdefault((row.conversation, row.id), kept)
             found.setdefault(row.conversation, []).append(kept)
         file.found = ()
         for conversation, first in found.items():
-            lane = self._lanes.setdefault(conversation, _Lane(conversation))
+            lane = self._lanes.setdefault(conversation, Lane(conversation))
             if lane.busy:
                 lane.kept.extend(first)
             else:

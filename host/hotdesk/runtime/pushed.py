@@ -81,6 +81,7 @@ class Pushed:
         self._taken: dict[str, str] = {}
         """The hash that each plugin had when this worker last had it looked at."""
 
+        self._damaged: set[str] = set()
         self._dealt_with: dict[str, float] = {}
         """When what this worker has dealt with was pushed, by plugin."""
 
@@ -96,12 +97,18 @@ class Pushed:
     # -- life ------------------------------------------------------------------------------------------------
 
     async def catch_up(self) -> None:
-        """Before the first load: have on disk what is on the shelf. What is damaged there is taken out."""
+        """Before the first load: have on disk what is on the shelf. What is damaged there is fetched anew, or goes."""
         await asyncio.to_thread(self._files.open)
-        for name in await asyncio.to_thread(self._files.take_out_damaged):
-            self._events.tell("push_refused", plugin=name, message="its files were changed on this disk; fetched anew")
+        self._damaged = await asyncio.to_thread(self._files.find_damaged)
         self._taken = {name: hash for name, (hash, _) in (await asyncio.to_thread(self._files.held)).items()}
+        damaged = frozenset(self._damaged)
         await self._look_safely(told=False)
+        for name in damaged:
+            done = "not loaded, for it can't be fetched anew" if name in self._damaged else "fetched anew"
+            self._events.tell("push_refused", plugin=name, message=f"its files were changed on this disk; {done}")
+        for name in self._damaged:
+            await asyncio.to_thread(self._files.remove, name)
+        self._damaged.clear()
 
     async def start(self) -> None:
         """Follow the shelf from now on, and report."""
@@ -179,7 +186,9 @@ class Pushed:
         refusal = self._refused.get(name)
         if refusal is not None and refusal.final and refusal.record == record:
             return False
-        return name not in held or held[name][0] != record.hash or self._taken.get(name) != record.hash
+        if name not in held or name in self._damaged:
+            return True
+        return held[name][0] != record.hash or self._taken.get(name) != record.hash
 
     async def _take(self, record: Record, told: bool) -> None:
         name = record.name
@@ -209,12 +218,13 @@ class Pushed:
         """Have the version on disk. Raises `LoadFailed` when its bytes are not what its record says."""
         name, hash = record.name, record.hash
         files = None
-        if not await asyncio.to_thread(self._files.has, hash):
+        if not await asyncio.to_thread(self._files.is_whole, hash):
             data = await self._shelf.fetch(name, hash, record.size)
             if data is None:
                 raise LoadFailed(name, "verify", "its bytes are not on the shelf; push it again")
             files = await asyncio.to_thread(unpack, name, data, hash)
         await asyncio.to_thread(self._files.place, name, hash, files)
+        self._damaged.discard(name)
 
     def _refuse(self, record: Record, exc: LoadFailed, *, final: bool) -> None:
         before = self._refused.get(record.name)

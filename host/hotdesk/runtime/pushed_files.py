@@ -50,22 +50,31 @@ class PushedFiles:
                     held[name] = hash, os.lstat(link).st_mtime
         return held
 
-    def has(self, hash: str) -> bool:
-        """Whether the files of a version are here."""
-        return (self._versions / hash).is_dir()
+    def is_whole(self, hash: str) -> bool:
+        """Whether the files of a version are here, and have that hash."""
+        folder = self._versions / hash
+        source = Source(hash, folder, "folder")
+        try:
+            files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in source.files()}
+            return hash_of(pack(hash, files)) == hash
+        except (OSError, LoadFailed):
+            return False
 
     def place(self, name: str, hash: str, files: Mapping[str, bytes] | None) -> None:
-        """Have plugin *name* be the version *hash*, whose *files* are None where they are here."""
+        """Have plugin *name* be the version *hash*, whose *files* are None where they are here and whole.
+
+        One that is here and damaged goes, and is away for a moment.
+        """
         target = self._versions / hash
-        if files is not None and not target.exists():
-            self._write(target, files)
+        if files is not None:
+            self._write(hash, files)
         os.utime(target)  # so that nobody takes it for one that is not wanted any more
         link = self.plugins / f".{secrets.token_hex(8)}"
         link.symlink_to(Path("..", self._versions.name, hash))
         link.replace(self.plugins / name)
 
-    def _write(self, target: Path, files: Mapping[str, bytes]) -> None:
-        fresh = self._versions / f".{secrets.token_hex(8)}"
+    def _write(self, hash: str, files: Mapping[str, bytes]) -> None:
+        target, fresh = self._versions / hash, self._versions / f".{secrets.token_hex(8)}"
         try:
             for name, data in files.items():
                 path = fresh / name
@@ -73,30 +82,24 @@ class PushedFiles:
                 path.write_bytes(data)
                 # Older than its inode by far: so a file is told that came by rename, and that nobody writes any more.
                 os.utime(path, (0, 0))
-            fresh.rename(target)
-        except OSError:
+            try:
+                fresh.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
+                if not self.is_whole(hash):  # else another worker was quicker, with the same bytes
+                    self._delete(target)
+                    fresh.rename(target)
+        finally:
             shutil.rmtree(fresh, ignore_errors=True)
-            if not target.exists():  # else another worker was quicker, with the same bytes
-                raise
 
     def remove(self, name: str) -> None:
         """Have no plugin *name*."""
         (self.plugins / name).unlink(missing_ok=True)
 
-    def take_out_damaged(self) -> list[str]:
-        """Remove the plugins whose files do not have their hash any more, with those files; which they were."""
-        damaged = []
-        for name, (hash, _) in self.held().items():
-            try:
-                whole = hash_of(pack(name, _read(name, self._versions / hash))) == hash
-            except (OSError, LoadFailed):
-                whole = False
-            if not whole:
-                self.remove(name)
-                with contextlib.suppress(FileNotFoundError):  # it was another plugin's too
-                    self._delete(self._versions / hash)
-                damaged.append(name)
-        return damaged
+    def find_damaged(self) -> set[str]:
+        """The plugins whose files do not have their hash any more."""
+        return {name for name, (hash, _) in self.held().items() if not self.is_whole(hash)}
 
     def sweep(self) -> None:
         """Delete the versions that no plugin is any more."""
@@ -110,16 +113,10 @@ class PushedFiles:
                         self._delete(child)
 
     def _delete(self, path: Path) -> None:
-        """Not while another worker links to it: by then it is gone as a whole, and is written anew."""
+        """At once as a whole: who has linked to it meanwhile finds nothing, and writes it anew."""
         if path.is_symlink():
             path.unlink()
             return
         gone = self._versions / f".{secrets.token_hex(8)}"
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def _read(name: str, folder: Path) -> dict[str, bytes]:
-    """The files of a version that a host would load."""
-    source = Source(name, folder, "folder")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in source.files()}

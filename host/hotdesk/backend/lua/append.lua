@@ -29,7 +29,7 @@ if digest ~= '' then
     redis.call('EXPIRE', KEYS[6], ARGV[10])
   end
 end
-redis.call('ZADD', KEYS[5], ARGV[6], ARGV[3])
+redis.call('ZADD', KEYS[5], 'GT', ARGV[6], ARGV[3])
 redis.call('SPUBLISH', base .. 'e:' .. ARGV[3], 'M ' .. seq .. '\n' .. ARGV[4])
 if owner == me then
   if ARGV[12] == '1' then

@@ -1,12 +1,9 @@
--- What workers said after the report with a number: all of it where the count began anew since.
+-- What workers said after the report with a number.
 -- KEYS  reports, count
 -- ARGV  number
 -- Gives {count, seconds now, {workers…}, {worker, report…}}
 local count = tonumber(redis.call('GET', KEYS[2]) or 0)
 local since = tonumber(ARGV[1])
-if since > count then
-  since = 0
-end
 local names, fresh = {}, {}
 local rows = redis.call('HGETALL', KEYS[1])
 for i = 1, #rows, 2 do
