@@ -424,7 +424,8 @@ async def test_a_write_that_its_replica_has_not_is_not_called_kept(
 async def test_any_server_of_the_url_will_do(cluster: Cluster, url: str, start_worker: StartWorker) -> None:
     """Servers that are gone, stand still or are replicas are passed over at the start."""
     _, _, places = url.replace("replicas=1", "replicas=0").partition("://")
-    replica = await replica_of(cluster, (await masters(cluster))[0])
+    replicas = [await replica_of(cluster, master) for master in await masters(cluster)]
+    replica = next(one for one in replicas if str(one.port) not in places)
     gone = f"127.0.0.1:{free_port()}"
     replica.freeze()
     opening = asyncio.ensure_future(Worker.open(f"redis+cluster://{gone},{replica.address}:{replica.port},{places}"))
