@@ -211,8 +211,10 @@ class Worker:
         )
 
         def ended(done: asyncio.Future[Any]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self.heard.open.pop((conversation, seq), None)
+            if done.cancelled() or done.exception() is not None:
+                return
+            if self.heard.open.get((conversation, seq)) is begun:  # not of a message that Redis lost, and has anew
+                del self.heard.open[conversation, seq]
 
         ending.add_done_callback(ended)
         return ending

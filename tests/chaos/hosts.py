@@ -281,7 +281,7 @@ def _figures(crowd: Crowd, director: Director, fsync: Fsync) -> list[Figure]:
 def _pauses(crowd: Crowd, director: Director) -> list[Figure]:
     """How long who stood still."""
     figures: list[Figure] = []
-    times = resume_times(crowd.history.events, director.outages)
+    times = resume_times(crowd.history.events, director.outages, crowd.given_up)
     for kind, waits in sorted(times.items()):
         figures.append(Figure(f"resumed after {kind}, p50 of {len(waits)}", percentile(waits, 50), "s"))
         figures.append(Figure(f"resumed after {kind}, p99", percentile(waits, 99), "s"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -37,17 +37,21 @@ class Return:
     hosts: frozenset[int]
 
 
-def resume_times(events: Iterable[Event], outages: Sequence[Outage]) -> dict[str, list[float]]:
+def resume_times(
+    events: Iterable[Event], outages: Sequence[Outage], given_up: Collection[tuple[str, str]] = ()
+) -> dict[str, list[float]]:
     """By kind of outage, for each conversation with traffic: from the outage to its first reply after it.
 
     What counts is the reply as the visitor saw it, also where the visitor's own host was the one that was lost and it
-    had to find that out first. Messages that nobody asked about any more are left out: they were answered unseen.
+    had to find that out first. What was *given_up*, by conversation and id, is left out: it may have sat in a host that
+    was stopped, and nobody asked another for it.
     """
     asked: dict[str, dict[str, float]] = defaultdict(dict)
     answered: dict[tuple[str, str], float] = {}
     for event in events:
         if isinstance(event, Sent):
-            asked[event.conversation].setdefault(event.id, event.time)
+            if (event.conversation, event.id) not in given_up:
+                asked[event.conversation].setdefault(event.id, event.time)
         elif isinstance(event, Replied) and event.to is not None:
             answered.setdefault((event.conversation, event.to), event.time)
     found: dict[str, list[float]] = defaultdict(list)

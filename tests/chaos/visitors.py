@@ -83,6 +83,9 @@ class Crowd:
     strange: Counter[str] = field(default_factory=Counter)
     """What no host may ever say."""
 
+    given_up: set[tuple[str, str]] = field(default_factory=set)
+    """Conversation and id of messages that nobody asked about any more."""
+
     overtaken: int = 0
     """Streams whose reply is of a later try than all their chunks."""
 
@@ -145,7 +148,10 @@ class _OneByOne(Visitor):
 
     async def say(self, id: str, text: str) -> None:
         for wait_s in chain(WAITS_S, repeat(WAITS_S[-1])):
-            if await self.attempt(id, text) or self.crowd.over or random.random() < GIVE_UP:
+            if await self.attempt(id, text) or self.crowd.over:
+                return
+            if random.random() < GIVE_UP:
+                self.crowd.given_up.add((self.conversation, id))
                 return
             self.host = self.crowd.another(self.host)
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
@@ -446,7 +452,10 @@ class _Talker(Visitor):
         left = {f"{id}.{n}": STREAM if random.random() < STREAMED else text for n in range(random.choice(SEVERAL))}
         for wait_s in chain(WAITS_S, repeat(WAITS_S[-1])):
             left = await self._say_all(left)
-            if not left or self.crowd.over or random.random() < GIVE_UP:
+            if not left or self.crowd.over:
+                break
+            if random.random() < GIVE_UP:
+                self.crowd.given_up.update((self.conversation, one) for one in left)
                 break
             self.leave()
             self.host = self.crowd.another(self.host)

@@ -49,12 +49,17 @@ async def setup(ctx):
 
 @asynccontextmanager
 async def plugin_in(desk: WorkerDesk, name: str, source: str) -> AsyncIterator[None]:
-    """A plugin that is there for one test."""
+    """A plugin that is there for one test, and afterwards in no worker any more: it might answer the next one."""
     desk.write(f"plugins/{name}.py", source)
     try:
         yield
     finally:
         (desk.folder / "plugins" / f"{name}.py").unlink()
+
+        async def is_gone() -> bool:
+            return all(status == 404 for status, _ in (await desk.on_each("GET", f"/admin/plugins/{name}")).values())
+
+        await wait_until(is_gone, f"{name} is gone from all workers")
 
 
 def env_of(desk: WorkerDesk) -> dict[str, str]:
