@@ -252,7 +252,7 @@ async def open_host(
         )
         metrics.watch_gauge("hotdesk_turns_live", "Turns accepted and not ended", lambda: turns.live)
         metrics.watch_gauge(
-            "hotdesk_spooled", "Messages that wait on this machine's disk", lambda: spool.count if spool else 0
+            "hotdesk_spool_messages", "Messages that wait on this machine's disk", lambda: spool.count if spool else 0
         )
         metrics.watch_gauge("hotdesk_generations_alive", "Generations not proven gone", lambda: maker.alive)
         metrics.watch_gauge("hotdesk_wasm_stores", "Stores of components that are alive", lambda: wasm.instances)

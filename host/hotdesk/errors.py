@@ -122,6 +122,12 @@ class BackendUnavailable(BackendError):
         self.unsure = unsure
         super().__init__(f"backend {url}: {reason}")
 
+    @property
+    def told(self) -> str:
+        """The reason as a visitor may read it: where a server is, and why it does not answer, is the operator's."""
+        away = "the journal can't be reached now; the host's /readyz and log say why"
+        return away if self.url.partition("://")[0].startswith("redis") else self.reason
+
 
 class StaleOwner(BackendError):
     """A write of a worker that does not own the conversation any more: it was refused, and another's turn counts."""

@@ -71,6 +71,8 @@ async def test_every_door_says_so_and_all_is_well_afterwards(start_desk: StartDe
             await ws.send_json({"type": "message", "id": "w", "text": "hello"})
             frame = await next_frame(ws, "error")
             assert (frame["code"], frame["to"]) == ("backend_unavailable", "w")
+            assert "can't be reached" in frame["message"], "where Redis is, is not told to visitors"
+            assert "127.0.0.1" not in frame["message"]
             assert await healthy(desk)
         tries_end = asyncio.get_running_loop().time() + MANY_TRIES_S
         while asyncio.get_running_loop().time() < tries_end:
@@ -120,9 +122,15 @@ async def test_a_reader_that_came_meanwhile_catches_up(start_desk: StartDesk, re
                 heard.append(event.data["seq"])  # noqa: PERF401 - it is looked at while it grows
 
     listening = asyncio.ensure_future(listen())
-    assert (await post(desk.http, desk.url, "c"))[0] == 503
-    await reach.find()
-    await wait_until(lambda: len(heard) >= 3, "the reader has caught up", BACK_S)
+    with structlog.testing.capture_logs() as logs:
+        assert (await post(desk.http, desk.url, "c"))[0] == 503
+        await wait_until(lambda: [log for log in logs if log["event"] == "backend_away"], "the operator is told")
+        await reach.find()
+        await wait_until(lambda: len(heard) >= 3, "the reader has caught up", BACK_S)
+        await wait_until(lambda: [log for log in logs if log["event"] == "backend_back"], "the operator is told again")
+    told = [log for log in logs if log["event"] in ("backend_away", "backend_back")]
+    assert [log["event"] for log in told] == ["backend_away", "backend_back"]
+    assert told[0]["problem"]
     await wait_until(lambda: is_taken(desk, "c", "m"), "messages are taken again", BACK_S)
     await wait_until(lambda: len(heard) >= 5, "the reader goes on", BACK_S)
     listening.cancel()

@@ -61,7 +61,7 @@ async def ready(desk: Desk) -> tuple[int, dict[str, Any]]:
 
 async def emptied(desk: Desk) -> None:
     async def is_empty() -> bool:
-        return await gauge(desk, "hotdesk_spooled") == 0
+        return await gauge(desk, "hotdesk_spool_messages") == 0
 
     await wait_until(is_empty, "the spool is empty", BACK_S)
 
@@ -113,7 +113,7 @@ async def test_a_post_is_spooled_at_once_and_so_is_its_repeat(desk: Desk, reach:
             assert (response.status, await response.json()) == (202, said)
     status, body = await post(desk.http, desk.url, "c", "count")
     assert (status, body["status"], body["seq"]) == (202, "spooled", None)
-    assert await gauge(desk, "hotdesk_spooled") == 2
+    assert await gauge(desk, "hotdesk_spool_messages") == 2
     assert await gauge(desk, "hotdesk_spooled_total") == 2
     status, probed = await ready(desk)
     assert (status, probed["status"], probed["spooled"]) == (200, "degraded", 2)
@@ -171,7 +171,7 @@ async def test_a_webhook_is_answered_and_its_messages_are_spooled(start_desk: St
     await reach.lose("cut off")
     async with desk.http.post(f"{desk.url}/hooks/hook", data="one two three") as response:
         assert (response.status, await response.text()) == (200, "thanks")
-    assert await gauge(desk, "hotdesk_spooled") == 3
+    assert await gauge(desk, "hotdesk_spool_messages") == 3
     await reach.find()
     await answered(desk.http, desk.url, "hooked", 3)
     texts = [entry["text"] for entry in await desk.record("hooked") if entry["type"] == "message"]
@@ -238,7 +238,7 @@ async def test_what_comes_while_it_drains_goes_behind(desk: Desk, reach: Reach) 
     await reach.find()
 
     async def has_drained() -> bool:
-        return await gauge(desk, "hotdesk_spooled_total") - await gauge(desk, "hotdesk_spooled") > 150
+        return await gauge(desk, "hotdesk_spooled_total") - await gauge(desk, "hotdesk_spool_messages") > 150
 
     await wait_until(has_drained, "messages came while it drained", BACK_S)
     reach.link.delay_s = 0.0
@@ -261,7 +261,7 @@ async def drain_slowly(desk: Desk, reach: Reach, ids: list[str]) -> None:
     reach.link.delay_s = 0.15
 
     async def has_begun() -> bool:
-        return await gauge(desk, "hotdesk_spooled") < len(ids)
+        return await gauge(desk, "hotdesk_spool_messages") < len(ids)
 
     await wait_until(has_begun, "the spool is being emptied", BACK_S)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import termios
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -16,6 +17,10 @@ from tests.workers.conftest import StartWorkers
 from tests.workers.desk import WHO, WorkerDesk
 
 from conftest import wait_until
+from hotdesk.config import Config
+from hotdesk.runtime.events import Events
+from hotdesk.workers import child
+from hotdesk.workers.supervisor import open_workers
 
 FROZEN = 'watch = "frozen"\n'
 
@@ -50,6 +55,32 @@ async def test_a_worker_that_is_killed_is_started_again_and_nobody_is_refused(de
     [heard] = await wait_until(lambda: desk.logged("worker_buried"), "the other told")
     assert heard["worker"] == 0
     assert heard["name"].startswith("1-")
+
+
+async def test_a_worker_whose_loop_stands_still_is_replaced(
+    redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its beats are missed, and it is killed as one that died; the other, whose beats come, stays."""
+    monkeypatch.setattr(child, "STUCK_BEATS", 4)
+    config = Config(
+        plugins=(str(tmp_path / "plugins"),), data=str(tmp_path / "data"), port=0, backend=redis.url, workers=2,
+        admin_token="a token of the test", stop_timeout_s=3.0,
+    )  # fmt: skip
+    (tmp_path / "plugins").mkdir()
+    events = Events(None)
+    async with open_workers(config, read_config=lambda: config, events=events, heard=lambda event: None) as supervisor:
+        before = [row.pid for row in supervisor._state().workers]
+        os.kill(before[1], signal.SIGSTOP)
+
+        def told(kind: str) -> dict[str, Any] | None:
+            return next((one for one in events.recent if one["kind"] == kind), None)
+
+        died = await wait_until(lambda: told("worker_died"), "it is found out", timeout_s=30)
+        assert (died["worker"], died["pid"]) == (1, before[1])
+        assert died["message"] == "its event loop stood still for 4 s, so it was killed"
+        await wait_until(lambda: told("worker_ready"), "another is in its place", timeout_s=30)
+        after = [row.pid for row in supervisor._state().workers]
+        assert [pid == old for pid, old in zip(after, before, strict=True)] == [True, False]
 
 
 async def test_a_worker_that_dies_again_and_again_is_waited_for_longer_each_time(start_workers: StartWorkers) -> None:

@@ -127,6 +127,7 @@ class Members:
                 await asyncio.sleep(0.02)
 
     async def _live(self) -> None:
+        away_since: float | None = None
         while not self._leaving:
             try:
                 async with asyncio.timeout(BEAT_S):
@@ -136,12 +137,17 @@ class Members:
             self._wake.clear()
             try:
                 await self._beat()
+                if away_since is not None:
+                    get_log().info("backend_back", away_s=round(time.monotonic() - away_since, 1))
+                    away_since = None
                 if not self._settled or not all(partition.mine for partition in self._share):
                     await self._plan()
                 await self._sweep()
                 self.on_beat()
-            except BackendUnavailable:
-                continue
+            except BackendUnavailable as exc:
+                if away_since is None:
+                    away_since = time.monotonic()
+                    get_log().warning("backend_away", backend=exc.url, problem=exc.reason)
             except Exception as exc:  # a fault of ours in one beat must not end this worker's life
                 get_log().error("beat_failed", exc_info=exc)
 

@@ -347,5 +347,5 @@ class Intake:
 
 def _refusal(exc: BaseException) -> BaseException:
     if isinstance(exc, BackendUnavailable):
-        return DoorError("backend_unavailable", exc.reason, retry_after_s=1)
+        return DoorError("backend_unavailable", exc.told, retry_after_s=1)
     return exc

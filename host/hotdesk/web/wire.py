@@ -170,7 +170,7 @@ class Wire:
         if isinstance(exc, DoorError):
             return exc
         if isinstance(exc, BackendUnavailable):
-            return DoorError("backend_unavailable", exc.reason, retry_after_s=1)
+            return DoorError("backend_unavailable", exc.told, retry_after_s=1)
         if isinstance(exc, UnknownPlugin):
             return DoorError("plugin_not_found", str(exc))
         if isinstance(exc, web.HTTPRequestEntityTooLarge):

@@ -26,6 +26,13 @@ HUNG_UP_S = 5.0
 """How long a process may go on after it has hung up on its supervisor, which it does when all it has is on disk."""
 
 
+BEAT_S = 1.0
+"""So often a worker says that its event loop runs, and so often it is looked whether it did."""
+
+STUCK_BEATS = 30
+"""So many of them missed, and it is killed. Counted and not timed, so that a machine that slept kills nobody."""
+
+
 class Child:
     """One process. *hear* is called with each line that it says."""
 
@@ -45,6 +52,8 @@ class Child:
         self.passed: dict[str, int] = {}
         """Numbers of plugins that it did not load when it began, as one that is disabled: it begins behind them."""
         self.ended = asyncio.Event()
+        self._missed = 0
+        self._stuck = False
         self._ready = asyncio.Event()
         self._orders = orders
         self._hear = hear
@@ -65,6 +74,8 @@ class Child:
         """How it ended, in words."""
         if self.failed is not None:
             return self.failed[1]
+        if self._stuck:
+            return f"its event loop stood still for {STUCK_BEATS * BEAT_S:g} s, so it was killed"
         if self.code is None:
             return "it could not be started"
         if self.code < 0:
@@ -124,7 +135,11 @@ class Child:
                 theirs.close()
             reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=LINE_LIMIT)
             self._writer.write(pack_orders(self._orders))
-            await self._read(reader)
+            watching = asyncio.create_task(self._watch())
+            try:
+                await self._read(reader)
+            finally:
+                watching.cancel()
             heard_all = True
         except OSError as exc:
             self.failed = self.failed or ("other", f"it could not be started: {exc.strerror or exc}")
@@ -137,6 +152,15 @@ class Child:
                 Path(self.path).unlink(missing_ok=True)
                 self.move("down")
                 self.ended.set()
+
+    async def _watch(self) -> None:
+        """Kill it when nothing is heard of it for long while it serves: who connects to its place waits for it."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self._missed = self._missed + 1 if self.state == "ready" else 0
+            if self._missed >= STUCK_BEATS:
+                self._stuck = True
+                self.kill()
 
     async def _wait_gone(self, *, patient: bool) -> None:
         """Wait until the process has ended. One that has hung up is about to, unless a plugin's thread keeps it."""
@@ -163,6 +187,7 @@ class Child:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while data := await _read_line(reader):
+            self._missed = 0
             try:
                 line = decode_line(data)
             except (msgspec.DecodeError, ValueError):  # half a line of a process that died over it

@@ -89,6 +89,8 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
     event: dict[str, Any] | None = None
     number: NumberAsked | None = None
     restart: bool = False
+    alive: bool = False
+    """Its event loop runs."""
     stopped: int | None = None
     """It has ended well; so many of its turns are left to others."""
     # from the supervisor; events go this way too

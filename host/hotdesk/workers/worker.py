@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..logs import configure_logs, get_log
 from ..web.seat import Seat
 from ..web.siblings import Siblings
+from .child import BEAT_S
 from .loop import leave_the_deaf, loop_factory
 from .orders import LINE_LIMIT, Greeting, Line, NumberAsked, Orders, decode_line, encode_line, read_orders
 
@@ -115,10 +116,19 @@ class _Worker:
         ) as host:
             self._serves = True
             self._say(Line(ready=Greeting.of(host)))
-            if orders.joining:
-                await self._catch_up(host.catch_up)
-            await self._stop.wait()
+            beating = asyncio.create_task(self._beat())
+            try:
+                if orders.joining:
+                    await self._catch_up(host.catch_up)
+                await self._stop.wait()
+            finally:
+                beating.cancel()
         return host.turns.live
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self._say(Line(alive=True), must=False)
 
     async def _catch_up(self, catch_up: Any) -> None:
         """Once the others are told of this worker: what they were told before, it has to look up."""
