@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import shutil
@@ -10,10 +11,13 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 
 import psutil
 from tests.chaos.bot import counting_bot
+from tests.chaos.resume import Absence
 from tests.chaos.topology import SharedRedis, Topology, open_shared_redis
 from tests.load.hosts import ADMIN_TOKEN, OUT, Server, work_folder
 from tests.load.swaps import replace_file
@@ -37,8 +41,19 @@ class ChaosHost(Server):
         super().__init__(command, port=port, folder=folder, env={"HOTDESK_ADMIN_TOKEN": ADMIN_TOKEN})
         self.number = number
         self.way = way
-        self.away = False
-        """It is dead, stopped or cut off at the moment."""
+        self.absences: list[Absence] = []
+        """When it was dead, stopped or cut off, also at the moment."""
+
+    @property
+    def away(self) -> bool:
+        return bool(self.absences) and self.absences[-1].ended == math.inf
+
+    def leaves(self) -> None:
+        """It is dead, stopped or cut off from now on."""
+        self.absences.append(Absence(self.number, perf_counter(), math.inf))
+
+    def returns(self) -> None:
+        self.absences[-1] = replace(self.absences[-1], ended=perf_counter())
 
     def processes(self) -> set[int]:
         """Its process, and its workers where it has such."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import signal
 import sys
@@ -51,7 +52,7 @@ class Director:
         self.lost_bytes: list[int] = []
         self.failed_starts = 0
         self.dealt: Counter[str] = Counter()
-        self._fleet = fleet
+        self.fleet = fleet
         self._owners = owners
         self._short = short
         self._watched_s = SHORT_S if short else WATCHED_S
@@ -96,8 +97,8 @@ class Director:
     async def _victim(self, kind: type | None = None) -> ChaosHost:
         """One that is well, once there are two others that are."""
         while True:
-            well = [host for host in self._fleet.well if kind is None or isinstance(host.way, kind)]
-            if well and len(self._fleet.well) > 2:
+            well = [host for host in self.fleet.well if kind is None or isinstance(host.way, kind)]
+            if well and len(self.fleet.well) > 2:
                 return random.choice(well)
             await asyncio.wait(self._later, return_when=asyncio.FIRST_COMPLETED)
             self._later = {task for task in self._later if not task.done()}
@@ -106,7 +107,7 @@ class Director:
         """Note what *host* owns just now; what follows befalls it."""
         await self._owners.look()
         self.outages.append(Outage.now(kind, self._owners.of(host.processes())))
-        host.away = True
+        host.leaves()
 
     async def _start(self, host: ChaosHost) -> None:
         """Start it as a service manager would: again, where it ended because it found no Redis in time."""
@@ -119,7 +120,7 @@ class Director:
                 if not left:
                     raise
                 self.failed_starts += 1
-        host.away = False
+        host.returns()
 
     async def kill(self) -> None:
         """SIGKILL a host, and start it again."""
@@ -138,7 +139,7 @@ class Director:
         async def thaw(seconds: float) -> None:
             await asyncio.sleep(seconds)
             host.signal(signal.SIGCONT)
-            host.away = False
+            host.returns()
 
         seconds = random.uniform(2.0, 3.0) if self._short else random.uniform(10.0, 30.0)
         self._later.add(asyncio.create_task(thaw(seconds)))
@@ -160,11 +161,11 @@ class Director:
         await host.cut(how)
         await asyncio.sleep(self._watched_s if self._short else random.uniform(WATCHED_S, 12.0))
         await host.heal()
-        host.away = False
+        host.returns()
 
     async def kill_redis(self) -> None:
         """SIGKILL Redis, and start it again."""
-        server = await self._fleet.redis.victim()
+        server = await self.fleet.redis.victim()
         await server.kill()
         await asyncio.sleep(0.5 if self._short else random.uniform(0.0, 5.0))
         await server.start()
@@ -172,16 +173,16 @@ class Director:
 
     async def lose_power(self) -> None:
         """Have Redis end as its machine does that loses power: what was not synced is gone."""
-        server = await self._fleet.redis.victim()
+        server = await self.fleet.redis.victim()
         assert isinstance(server, PoweredRedis)
-        self.crashes.append(perf_counter())
         self.lost_bytes.append(await server.lose_power())
+        self.crashes.append(perf_counter())
         await server.start()
         await self._see_return()
 
     async def freeze_redis(self) -> None:
         """SIGSTOP Redis for a while."""
-        server = await self._fleet.redis.victim()
+        server = await self.fleet.redis.victim()
         server.freeze()
         await asyncio.sleep(0.5 if self._short else random.uniform(0.2, 6.0))
         server.thaw()
@@ -189,11 +190,11 @@ class Director:
 
     async def fail_over(self) -> None:
         """Kill a server that takes writes, and wait until another does."""
-        await self._fleet.redis.fail_over()
+        await self.fleet.redis.fail_over()
         await self._see_return()
 
     async def _see_return(self) -> None:
-        self.returns.append(Return(perf_counter(), frozenset(host.number for host in self._fleet.well)))
+        self.returns.append(Return(perf_counter(), frozenset(host.number for host in self.fleet.well)))
         await asyncio.sleep(self._watched_s / 2 if self._short else self._watched_s)
 
 
@@ -261,6 +262,9 @@ def _figures(crowd: Crowd, director: Director, fsync: Fsync) -> list[Figure]:
     if fsync != "always" and director.crashes:  # it was told so: here it is measured
         kinds = [Figure(f"{figure.name}, with what Redis had not synced", figure.value) for figure in kinds]
         windows = loss_windows(events, director.crashes)
+        unexplained = [window for window in windows if window == math.inf]
+        windows = [window for window in windows if window < math.inf]
+        kinds.append(Figure("accepted and lost with no crash behind it", len(unexplained), at_most=0))
         kinds.append(Figure("accepted and lost, at a crash of the machine", len(windows) / len(director.crashes)))
         kinds.append(Figure("the same: so long before the crash, max", max(windows, default=0.0), "s"))
         kinds.append(Figure("not synced at a crash, max", max(director.lost_bytes) / 1024, "KiB"))
@@ -279,14 +283,21 @@ def _figures(crowd: Crowd, director: Director, fsync: Fsync) -> list[Figure]:
 
 
 def _pauses(crowd: Crowd, director: Director) -> list[Figure]:
-    """How long who stood still."""
+    """How long who stood still: those whose door stood, and all, some of whom had to find out that theirs was lost."""
     figures: list[Figure] = []
-    times = resume_times(crowd.history.events, director.outages, crowd.given_up)
-    for kind, waits in sorted(times.items()):
-        figures.append(Figure(f"resumed after {kind}, p50 of {len(waits)}", percentile(waits, 50), "s"))
-        figures.append(Figure(f"resumed after {kind}, p99", percentile(waits, 99), "s"))
-    everything = [wait for waits in times.values() for wait in waits]
-    figures.append(Figure("resumed after any loss of an owner, p99", percentile(everything, 99), "s", at_most=2))
+    absences = [absence for host in director.fleet.hosts for absence in host.absences]
+    resumed = resume_times(crowd.history.events, director.outages, crowd.doors, absences, crowd.given_up)
+    for kind in sorted({one.kind for one in resumed}):
+        waits = [one.seconds for one in resumed if one.kind == kind and one.stood]
+        if waits:
+            figures.append(Figure(f"resumed after {kind}, p50 of {len(waits)}", percentile(waits, 50), "s"))
+            figures.append(Figure(f"resumed after {kind}, p99", percentile(waits, 99), "s"))
+    stood = [one.seconds for one in resumed if one.stood]
+    every = [one.seconds for one in resumed]
+    figures += [
+        Figure(f"resumed after any loss of an owner, p99 of {len(stood)}", percentile(stood, 99), "s", at_most=2),
+        Figure(f"the same, lost doors too, p99 of {len(every)}", percentile(every, 99), "s"),
+    ]
     first, last = first_accepts(crowd.accepts, director.returns)
     if first:
         figures.append(Figure("Redis' return to the first accepted, max", max(first), "s", at_most=2))

@@ -86,6 +86,9 @@ class Crowd:
     given_up: set[tuple[str, str]] = field(default_factory=set)
     """Conversation and id of messages that nobody asked about any more."""
 
+    doors: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    """By conversation: when its visitor turned to which host."""
+
     overtaken: int = 0
     """Streams whose reply is of a later try than all their chunks."""
 
@@ -110,7 +113,17 @@ class Visitor(ABC):
     def __init__(self, crowd: Crowd, conversation: str) -> None:
         self.crowd = crowd
         self.conversation = conversation
+        self.doors = crowd.doors[conversation] = []
         self.host = random.randrange(len(crowd.hosts))
+
+    @property
+    def host(self) -> int:
+        """The number of the host that is spoken to."""
+        return self.doors[-1][1]
+
+    @host.setter
+    def host(self, number: int) -> None:
+        self.doors.append((perf_counter(), number))
 
     async def run(self) -> None:
         """Say something now and then until the run is over."""
