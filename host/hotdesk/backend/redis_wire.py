@@ -2,7 +2,8 @@
 
 A single command through redis-py costs some 77 µs of CPU, one of a batch of twenty 9 µs. So a lane sends what was
 asked for while the batch before was under way: the busier it is, the larger its batches, as with a group commit.
-The library's `Connection` makes the connections, with their authentication and TLS, and reads the answers.
+The library's `Connection` makes the connections, with their authentication and TLS, and reads the answers. What is sent
+is laid out by hiredis, in C: redis-py's own packing of a turn's two commands took a sixth of the turn's CPU.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import hiredis
 from redis.asyncio.connection import Connection, SSLConnection
 from redis.exceptions import (
     AskError,
     AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
-    DataError,
     MovedError,
     NoPermissionError,
     NoScriptError,
@@ -294,9 +295,9 @@ class Lane:
             if confirm:
                 commands.append(("WAIT", self._replicas, CONFIRM_MS))
             try:
-                packed = connection.pack_commands(commands)
-            except (UnicodeError, DataError):
-                await self._exchange(self._sift(connection, batch))
+                packed = list(map(hiredis.pack_command, commands))
+            except (UnicodeError, TypeError):
+                await self._exchange(self._sift(batch))
                 return
             sent = True
             async with asyncio.timeout(ANSWER_S):
@@ -324,14 +325,14 @@ class Lane:
         if again:
             await self._load_scripts(again)
 
-    def _sift(self, connection: Connection, batch: list[Command]) -> list[Command]:
+    def _sift(self, batch: list[Command]) -> list[Command]:
         """What of *batch* can be sent; the rest fails by itself: text that UTF-8 can't say, or no text at all."""
         sound = []
         for command in batch:
             try:
-                connection.pack_command(*command.args)
+                hiredis.pack_command(command.args)
                 sound.append(command)
-            except (UnicodeError, DataError) as exc:
+            except (UnicodeError, TypeError) as exc:
                 self._fail([command], exc)
         return sound
 
