@@ -108,7 +108,9 @@ async def test_nothing_is_left_of_what_was_purged(redis: RedisServer, start_work
         await worker.end(f"c{n}", 1, answer, changed=changed, closed=n % 2 == 0, deliver=True)
     assert await worker.backend.purge(time.time() - 86400) == 20
     left = sorted(await redis.command("KEYS", "*"))
-    needed = {key(n, name) for n in range(8) for name in ("own", "in")} | {"hotdesk{ctl}:members", "hotdesk{ctl}:meta"}
+    needed = {key(n, name) for n in range(8) for name in ("own", "in")} | {
+        f"hotdesk{{ctl}}:{name}" for name in ("members", "leases", "meta")
+    }
     assert [name for name in left if name not in needed and ":id:" not in name] == []
     for name in left:
         if ":id:" in name:

@@ -1,7 +1,7 @@
 """What it costs to be there, with nobody saying anything: one real worker among 1 to 1,000 others.
 
 The others are leases in Redis that last as long as the run, as of workers on other machines. What one worker costs
-among N, N workers cost N times, of which a part grows with N once more: each reads the leases of all.
+among N, N workers cost N times. Each reads who else is there when somebody comes or goes, and not otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.load.redis_desk import RedisDesk, Spent
 from tests.load.report import Figure, run_main
 from tests.redis_servers import RedisServer
 
-from hotdesk.backend.redis_members import BEAT_S, About
+from hotdesk.backend.redis_members import BEAT_S, About, members_keys
 from hotdesk.backend.redis_wire import Scripts
 
 __all__ = ["measure"]
@@ -30,7 +30,6 @@ __all__ = ["measure"]
 PARTITIONS = 1_024
 """More than workers, as it should be."""
 
-MEMBERS = "hotdesk{ctl}:members"
 LEASE_MS = 3_600_000
 CHANNELS = 20_000
 CALLS = 5
@@ -71,11 +70,15 @@ async def measure(short: bool) -> list[Figure]:
 class Heartbeats:
     """The beats of workers on other machines, made by the host's own script."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, known: bytes = b"") -> None:
         scripts = Scripts()
         self.script = ("SCRIPT", "LOAD", scripts.sources["beat"])
         self.all = [
-            scripts.pack("beat", (MEMBERS,), (f"w0{number:020x}", LEASE_MS, msgspec.json.encode(about_one(number))))
+            scripts.pack(
+                "beat",
+                members_keys("hotdesk"),
+                (f"w0{number:020x}", LEASE_MS, msgspec.json.encode(about_one(number)), known),
+            )
             for number in range(workers)
         ]
 
@@ -86,19 +89,21 @@ def about_one(number: int) -> About:
     return About(f"host-{number}", f"host-{number}.desk.example", 1000 + number, boot)
 
 
-async def seat_others(redis: RedisServer, count: int) -> None:
-    """Leases of *count* workers."""
+async def seat_others(redis: RedisServer, count: int) -> bytes:
+    """Leases of *count* workers; the number of what all of them know then."""
     beats = Heartbeats(count)
     async with await redis.open() as connection:
         await connection.command(*beats.script)
+        number = b""
         for beat in beats.all:
-            await connection.command(*beat)
+            number = str((await connection.command(*beat))[2]).encode()
+        return number
 
 
 async def spent_on_heartbeats(redis: RedisServer, workers: int, seconds: float) -> Spent:
     """What a second costs Redis in which *workers* are there: each beats four times, evenly."""
-    await seat_others(redis, workers)
-    beats = [hiredis.pack_command(beat) for beat in Heartbeats(workers).all]
+    known = await seat_others(redis, workers)
+    beats = [hiredis.pack_command(beat) for beat in Heartbeats(workers, known).all]
     reader, writer = await asyncio.open_connection(redis.address, redis.port)
     answers, loop = hiredis.Reader(), asyncio.get_running_loop()
     desk = RedisDesk(redis, ())

@@ -12,7 +12,7 @@ seen    zset    conversations by the time of their last entry
 dlv     hash    replies that a channel has not confirmed
 tries   hash    how often an open turn was begun by a worker that died
 
-and PREFIX{ctl}:members (leases), PREFIX{ctl}:meta, PREFIX{kv:PLUGIN}:kv, PREFIX{shelf}:… (`redis_shelf`).
+and PREFIX{ctl}:members, PREFIX{ctl}:leases, PREFIX{ctl}:meta, PREFIX{kv:PLUGIN}:kv, PREFIX{shelf}:… (`redis_shelf`).
 """
 
 from __future__ import annotations

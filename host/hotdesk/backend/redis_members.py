@@ -24,12 +24,14 @@ from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
 from .redis_partitions import Calls, Partition, Partitions
 
-__all__ = ["LEASE_MS", "About", "Members"]
+__all__ = ["LEASE_MS", "About", "Members", "members_keys"]
 
 LEASE_MS = 1200
 """How long a worker that says nothing counts as alive."""
 
 BEAT_S = 0.25
+
+FORGET_MS = 60_000
 
 QUIET_S = 10.0
 """How long a partition that is to be handed over may wait for a moment in which nothing of it runs."""
@@ -84,18 +86,26 @@ _encode = msgspec.json.Encoder().encode
 _about = msgspec.json.Decoder(About).decode
 
 
+def members_keys(prefix: str) -> tuple[str, str]:
+    """Who is alive, and what is to be known of each; and when their leases end."""
+    return f"{prefix}{{ctl}}:members", f"{prefix}{{ctl}}:leases"
+
+
 class Members:
     """This worker among the others."""
 
     def __init__(self, prefix: str, calls: Calls, partitions: Partitions, me: str, about: About) -> None:
-        self._key = f"{prefix}{{ctl}}:members"
-        self._slot: int = key_slot(self._key.encode())
+        self._keys = members_keys(prefix)
+        self._slot: int = key_slot(self._keys[0].encode())
         self._calls = calls
         self._partitions = partitions
         self._me = me
         self._about = about
         self.alive: dict[str, About] = {}
         """The names of the living, this worker's too, and what is to be known of each."""
+
+        self._number = b""
+        """Of what `alive` was read from: while it is the same nobody has come or gone, and nothing is read again."""
 
         partitions.on_robbed = self._robbed
         self._settled = False
@@ -153,21 +163,11 @@ class Members:
 
     async def _beat(self) -> bool:
         """Renew the lease; whether somebody came or went."""
-        now, grace, rows = await self._calls.script(
-            "beat", self._slot, (self._key,), self._me, LEASE_MS, _encode(self._about), aside=True
+        now, grace, number, *rows = await self._calls.script(
+            "beat", self._slot, self._keys, self._me, LEASE_MS, _encode(self._about), self._number, aside=True
         )
-        alive: dict[str, About] = {}
-        forgotten = []
-        for name, value in zip(rows[::2], rows[1::2], strict=True):
-            if name.startswith(b"@"):
-                continue
-            until, _, about = value.partition(b" ")
-            if int(until) > now or grace > now:
-                alive[name.decode()] = _about(about)
-            elif int(until) < now - 60_000:
-                forgotten.append(name)
-        if forgotten:
-            await self._calls.command(self._slot, "HDEL", self._key, *forgotten)
+        alive = await self._read(now, grace, rows[0]) if rows else dict(self.alive)
+        self._number = number
         for name, who in tuple(alive.items()):
             if name != self._me and who.is_dead(self._about.space):
                 await self.bury(name)  # its lease need not be waited for: it died on this machine
@@ -182,9 +182,25 @@ class Members:
             self._settled = False
         return changed
 
+    async def _read(self, now: int, grace: int, rows: list[bytes]) -> dict[str, About]:
+        """Who is alive, by *rows* of names and leases; those of whom nothing was heard for a minute are deleted."""
+        alive: dict[str, About] = {}
+        forgotten = []
+        for name, value in zip(rows[::2], rows[1::2], strict=True):
+            if name.startswith(b"@"):
+                continue
+            until, _, about = value.partition(b" ")
+            if int(until) > now or grace > now:
+                alive[name.decode()] = _about(about)
+            elif int(until) < now - FORGET_MS:
+                forgotten.append(name)
+        if forgotten:
+            await self._calls.command(self._slot, "HDEL", self._keys[0], *forgotten)
+        return alive
+
     async def bury(self, name: str) -> None:
         """A worker is known to be dead: its lease ends now."""
-        await self._calls.script("beat", self._slot, (self._key,), name, 0, "", aside=True)
+        await self._calls.script("beat", self._slot, self._keys, name, 0, "", self._number, aside=True)
 
     def _robbed(self) -> None:
         """What this worker has is not what it thought: look at once who is alive, and who should have what."""
@@ -372,7 +388,7 @@ class Members:
         if self._task is not None:
             self._task.cancel()
         try:
-            await self._calls.script("beat", self._slot, (self._key,), self._me, 0, "", aside=True)
+            await self._calls.script("beat", self._slot, self._keys, self._me, 0, "", self._number, aside=True)
         except BackendError:
             pass  # the lease runs out by itself
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from redis.crc import key_slot
 
+from .redis_members import members_keys
 from .redis_partitions import Calls
 from .redis_servers import Servers, open_servers
 from .redis_url import read_redis_url
@@ -42,12 +43,12 @@ class RedisShelf:
         base = f"{prefix}{{shelf}}:"
         self.channel = f"{base}news"
         self._base = base
-        self._members = f"{prefix}{{ctl}}:members"
+        self._members = members_keys(prefix)
         self._servers = servers
         self._calls = calls
         self._me = me
         self._slot: int = key_slot(base.encode())
-        self._members_slot: int = key_slot(self._members.encode())
+        self._members_slot: int = key_slot(self._members[0].encode())
         self._heard: Callable[[str], None] | None = None
         self._count = 0
         self._reports: dict[str, bytes] = {}
@@ -136,7 +137,9 @@ class RedisShelf:
 
     async def _alive(self) -> set[str]:
         """The workers whose lease has not run out, as a beat of nobody tells."""
-        now, grace, rows = await self._calls.script("beat", self._members_slot, (self._members,), "", 0, "", aside=True)
+        now, grace, _, rows = await self._calls.script(
+            "beat", self._members_slot, self._members, "", 0, "", "", aside=True
+        )
         since = now - FORGET_MS if grace > now else now
         leases = {name: lease for name, lease in zip(rows[::2], rows[1::2], strict=True) if not name.startswith(b"@")}
         return {_text(name) for name, lease in leases.items() if int(lease.partition(b" ")[0]) > since}
