@@ -34,7 +34,7 @@ format: $(VENV)/.dev  ## put the code in order
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## every figure in the README, measured again (about 45 minutes)
+bench: $(VENV)/.dev  ## every figure in the README, measured again (about two hours)
 	@$(BIN)/python -m tests.bench
 
 clean:  ## remove the environment and the caches

@@ -126,6 +126,8 @@ class BackendUnavailable(BackendError):
     def told(self) -> str:
         """The reason as a visitor may read it: where a server is, and why it does not answer, is the operator's."""
         away = "the journal can't be reached now; the host's /readyz and log say why"
+        if self.unsure:
+            away = "the journal fell silent, and may have kept this; send it again with the same id"
         return away if self.url.partition("://")[0].startswith("redis") else self.reason
 
 

@@ -16,6 +16,7 @@ from tests.web.test_promises import connect, next_frame
 from tests.web.visitors import sse_events
 
 from conftest import Desk, StartDesk, wait_until
+from hotdesk.backend import redis as redis_backend
 
 AT_ONCE_S = 0.8
 """For an answer that takes some milliseconds. A try to connect to a server that is frozen takes a second."""
@@ -147,6 +148,24 @@ async def test_what_is_unsafe_is_said_at_the_start_and_to_probes(start_desk: Sta
         assert body["warnings"] == told
         assert [problem.split(" is ")[0] for problem in told] == ["appendfsync", "maxmemory-policy"]
         assert "everysec" in body["durability"]
+
+
+async def test_what_becomes_unsafe_later_is_said_too(
+    start_desk: StartDesk, own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has Redis sync once a second: the log and /readyz say so without a restart."""
+    monkeypatch.setattr(redis_backend, "LOOK_S", 0.1)
+    desk = await start_desk(backend=own_redis.url)
+    assert "warnings" not in (await ready(desk))[1]
+    with structlog.testing.capture_logs() as logs:
+        await own_redis.command("CONFIG", "SET", "appendfsync", "everysec")
+
+        async def is_told() -> bool:
+            return "everysec" in str((await ready(desk))[1].get("warnings"))
+
+        await wait_until(is_told, "probes are told")
+    assert [log["event"] for log in logs if log["event"] == "backend_unsafe"] == ["backend_unsafe"]
+    assert "everysec" in (await ready(desk))[1]["durability"]
 
 
 async def test_a_safe_redis_has_no_warnings(start_desk: StartDesk, own_redis: RedisServer) -> None:

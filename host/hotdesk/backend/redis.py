@@ -51,10 +51,12 @@ BUCKET_S = 12 * 3600
 
 BUCKET_TTL_S = 4 * BUCKET_S
 
+LOOK_S = 30.0
+"""How often Redis' own settings are read again."""
+
 SIGNAL_S = 2.0
 """How long the owner of a conversation has to answer another worker."""
 
-FLOOR = (7, 0)
 
 OUTCOME_PAGE = 200
 
@@ -94,13 +96,28 @@ class RedisBackend(Hearing):
         backend = cls(read, metrics, name)
         try:
             backend.durability, backend.warnings = await look_at_servers(backend.url, backend._servers, read.replicas)
-            for warning in backend.warnings:
-                get_log().warning("backend_unsafe", backend=backend.url, problem=warning)
+            backend._warn()
             await backend._agree()
         except BaseException:
             await backend._servers.aclose()
             raise
         return backend
+
+    def _warn(self) -> None:
+        for warning in self.warnings:
+            get_log().warning("backend_unsafe", backend=self.url, problem=warning)
+
+    async def _keep_looking(self) -> None:
+        """What Redis promises may be changed while it runs."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                found = await look_at_servers(self.url, self._servers, self._url.replicas)
+            except BackendError:
+                continue
+            if found != (self.durability, self.warnings):
+                self.durability, self.warnings = found
+                self._warn()
 
     async def _agree(self) -> None:
         """All workers must count the same partitions."""
@@ -128,6 +145,7 @@ class RedisBackend(Hearing):
                 self.url, self._servers.trouble() or "its channels can't be subscribed to"
             ) from None
         await self.members.join()
+        self.partitions.spawn(self._keep_looking())
         return self.members.taken
 
     async def aclose(self) -> None:

@@ -246,10 +246,11 @@ def _lags(plugin: Plugin) -> dict[int, str]:
 
 def _hosts(plugin: Plugin) -> Text:
     """How many hosts have it, and how many of them stand as they should."""
-    lagging = sum(host.lags for host in plugin.hosts)
+    there = [host for host in plugin.hosts if host.lags or host.generation is not None or host.stand != "gone"]
+    lagging = sum(host.lags for host in there)
     if lagging:
-        return Text(f"{len(plugin.hosts) - lagging} of {len(plugin.hosts)}", style="yellow")
-    return Text(str(len(plugin.hosts)) if plugin.hosts else "-")
+        return Text(f"{len(there) - lagging} of {len(there)}", style="yellow")
+    return Text(str(len(there)) if there else "-")
 
 
 def _stand(host: OnHost) -> str:

@@ -34,7 +34,7 @@ __all__ = ["run"]
 @click.option("--port", metavar="N", help="Port to listen on; 0 picks a free one.  [default: 8080]")
 @click.option("--plugins", multiple=True, metavar="DIR", help="Folder of plugins; may be given again.")
 @click.option("--data", metavar="DIR", help="Folder for the journal and the keys.  [default: data]")
-@click.option("--backend", metavar="URL", help="sqlite:///path.  [default: in the data folder]")
+@click.option("--backend", metavar="URL", help="sqlite:///path or redis://host:port.  [default: in the data folder]")
 @click.option("--workers", metavar="N", help="Worker processes on one port; several need Redis.  [default: 1]")
 @click.option("--watch", metavar="MODE", help="auto, pending or frozen.  [default: auto]")
 @click.option("--log-format", metavar="F", help="auto, console or json.  [default: auto]")

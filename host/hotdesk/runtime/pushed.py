@@ -82,6 +82,7 @@ class Pushed:
         """The hash that each plugin had when this worker last had it looked at."""
 
         self._damaged: set[str] = set()
+        self._away = False
         self._dealt_with: dict[str, float] = {}
         """When what this worker has dealt with was pushed, by plugin."""
 
@@ -151,8 +152,12 @@ class Pushed:
     async def _look_safely(self, *, told: bool = True) -> None:
         try:
             await self._look(told)
+            self._away = False
         except BackendError as exc:
-            self._log.warning("shelf_unreachable", problem=str(exc), remedy="what is here goes on; it is tried again")
+            if not self._away:
+                remedy = "what is here goes on; it is tried again"
+                self._log.warning("shelf_unreachable", problem=str(exc), remedy=remedy)
+            self._away = True
         except Exception as exc:  # the fault wall of one look: also our own fault must not end all following
             self._log.error("shelf_look_failed", problem=repr(exc), exc_info=exc)
 

@@ -371,7 +371,9 @@ class Plugins:
             await self._recall(entry, source)
         unchanged = current is not None and bundle.digest == current.bundle.digest
         if rivals:
-            taken = f"the name is taken by {source.path}; not loaded: {', '.join(str(rival.path) for rival in rivals)}"
+            others = ", ".join(str(rival.path) for rival in rivals[1:])
+            also = f", nor is {others}" if others else ""
+            taken = f"the name is taken by {source.path}, so this is not loaded{also}; rename one, or remove one"
             self._ledger.note_failed(entry, LoadFailed(entry.name, "find", taken, file=str(rivals[0].path)))
         elif entry.problem is not None and (unchanged or entry.problem.step == "find"):
             entry.problem = None

@@ -251,13 +251,19 @@ async def publish(shelf: Shelf, name: str, data: bytes, *, files: int, version: 
 
 
 async def push_back(shelf: Shelf, name: str, by: str) -> Record:
-    """Have all hosts serve the version that was pushed before, which is pushed as the newest. Raises `PushConflict`."""
+    """Have all hosts serve the version that was pushed before, which is pushed as the newest. Raises `PushConflict`.
+
+    What is left goes behind all others, so that who goes back again comes to the one before, and round in the end.
+    """
     for _ in range(TRIES):
         old, raw = await _read_one(shelf, name)
         for version in old.before if old is not None else ():
             data = await shelf.fetch(name, version.hash, version.size)
             if data is not None and hash_of(data) == version.hash:
                 record = _record(name, msgspec.structs.replace(version, at=time.time(), by=by), old)
+                if old is not None and not old.removed:
+                    left, *others = record.before
+                    record = msgspec.structs.replace(record, before=(*others, left))
                 if await _put(shelf, record, raw, data):
                     return record
                 break

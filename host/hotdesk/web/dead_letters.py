@@ -57,5 +57,7 @@ def _place(request: web.Request) -> tuple[str, int]:
 
 def _no_such(conversation: str, seq: int) -> DoorError:
     return DoorError(
-        "not_found", f"there is no dead letter {seq} in conversation {conversation!r}", "GET /admin/dead-letters"
+        "not_found",
+        f"there is no dead letter {seq} in conversation {conversation!r}",
+        "`hotdesk dead-letters` lists them",
     )

@@ -121,7 +121,7 @@ class Siblings:
             raise DoorError(
                 "conflict",
                 "this host is one process, which nobody is there to replace",
-                "start it with --workers 2 or more, or stop it and start it again",
+                "start it on a Redis with --workers 2 or more, or stop it and start it again",
             )
         try:
             async with asyncio.timeout(ASK_S):
