@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -108,8 +109,10 @@ async def refusal(desk: Desk, conversation: str, id: str) -> str:
     return str(body["error"]["code"])
 
 
-async def test_a_reader_that_came_meanwhile_catches_up(start_desk: StartDesk, reach: Reach) -> None:
-    """An event stream that is opened while Redis is away has everything once it is back."""
+async def test_a_reader_that_came_meanwhile_catches_up(
+    start_desk: StartDesk, reach: Reach, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An event stream that is opened while Redis is away has everything once it is back; the log has two lines of it."""
     desk = await start_desk({"talker.py": TALKER}, backend=reach.url)
     await desk.say("one")
     await desk.say("two")
@@ -136,6 +139,8 @@ async def test_a_reader_that_came_meanwhile_catches_up(start_desk: StartDesk, re
     await wait_until(lambda: len(heard) >= 5, "the reader goes on", BACK_S)
     listening.cancel()
     assert heard == [2, 3, 4, 5, 6]
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_what_is_unsafe_is_said_at_the_start_and_to_probes(start_desk: StartDesk) -> None:

@@ -483,6 +483,7 @@ def _answered(sending: asyncio.Future[Any], future: asyncio.Future[T], use: Call
             future.cancel()
         elif (exc := sent.exception()) is not None:
             future.set_exception(exc)
+            future.exception()  # nobody may wait for it any more
         else:
             use(sent.result())
 

@@ -316,8 +316,7 @@ class ManyServers:
         return node
 
     def _fail(self, command: Command, exc: Exception) -> None:
-        if not command.future.done():
-            command.future.set_exception(exc)
+        command.fail(exc)
 
     # -- the map ---------------------------------------------------------------------------------------------
 

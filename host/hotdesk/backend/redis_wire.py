@@ -156,6 +156,12 @@ class Command:
         self.asking = False
         """It is sent to the server that its slot is being moved to."""
 
+    def fail(self, exc: BaseException) -> None:
+        """Tell whoever waits for the answer; where one of several has failed already nobody waits for the others."""
+        if not self.future.done():
+            self.future.set_exception(exc)
+            self.future.exception()  # so that nothing is logged of that
+
 
 class Lane:
     """One connection to one server, made when it is needed and made again when it broke.
@@ -348,8 +354,8 @@ class Lane:
                 if self._misplaced is not None and isinstance(result, MISPLACED):
                     if not command.alone:
                         elsewhere.append((command, result))
-                    elif not command.future.done():
-                        command.future.set_exception(result)
+                    else:
+                        command.fail(result)
                     continue
                 if isinstance(result, ReadOnlyError):  # a master that is one no longer: look for the new one
                     own_task(self.drop())
@@ -379,8 +385,7 @@ class Lane:
 
     def _fail(self, commands: list[Command], exc: Exception) -> None:
         for command in commands:
-            if not command.future.done():
-                command.future.set_exception(exc)
+            command.fail(exc)
 
     async def drop(self) -> None:
         """Give the connection up; the next command makes another."""
