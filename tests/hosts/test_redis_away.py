@@ -112,7 +112,7 @@ async def refusal(desk: Desk, conversation: str, id: str) -> str:
 async def test_a_reader_that_came_meanwhile_catches_up(
     start_desk: StartDesk, reach: Reach, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An event stream that is opened while Redis is away has everything once it is back; the log has two lines of it."""
+    """An event stream that is opened while Redis is away has everything afterwards; the log has two lines of it."""
     desk = await start_desk({"talker.py": TALKER}, backend=reach.url)
     await desk.say("one")
     await desk.say("two")
