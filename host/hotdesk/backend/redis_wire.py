@@ -124,7 +124,9 @@ async def _drop(connection: Connection) -> None:
 
 def explain(exc: BaseException) -> str:
     """A failure in words that say what to do."""
-    text = str(exc) or type(exc).__name__
+    text = str(exc).rstrip(".") or type(exc).__name__
+    if "connecting to" in text:
+        return f"{text}; is a Redis running there? The URL has its host and port"
     if isinstance(exc, AuthenticationError | NoPermissionError):
         return f"{text}: mend the user and password in the URL, or what that user may do"
     if isinstance(exc, OutOfMemoryError) or "maxmemory" in text:
