@@ -20,7 +20,8 @@ from hotdesk.errors import BackendUnavailable
 
 ROOT = Path(__file__).parents[2]
 _names = itertools.count()
-PARTITIONS = 8
+PARTITIONS = 32
+"""So many that of three workers none goes without by the chance of its name, but once in a hundred thousand."""
 """Enough to share out among three workers; an owner looks through all of them in a second."""
 
 
@@ -134,11 +135,11 @@ async def settled(*workers: Worker) -> None:
 def conversation_of(worker: Worker, *, not_in: set[int] = frozenset()) -> str:  # type: ignore[assignment]
     """A conversation that no test used before, whose turns run at *worker*."""
     backend: Any = worker.backend
-    for number in _names:
+    for number in itertools.islice(_names, 10_000):
         name = f"c{number}"
         if backend.owns(name) and backend.partitions.of(name).number not in not_in:
             return name
-    raise AssertionError
+    raise AssertionError(f"{backend.me} owns no partition that is asked for")
 
 
 # -- worker processes --------------------------------------------------------------------------------------------

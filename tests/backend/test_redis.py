@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.backend.conftest import StartWorker, answers, conversation_of, drop_asking, key, settled, url_of
+from tests.backend.conftest import PARTITIONS, StartWorker, answers, conversation_of, drop_asking, key, settled, url_of
 from tests.backend.worker import Answering, Worker, message, reply
 from tests.redis_servers import Link, RedisServer, ReplyError
 
@@ -87,7 +87,7 @@ async def test_the_stream_holds_what_is_open(redis: RedisServer, start_worker: S
     await asyncio.gather(*(worker.append(f"c{n % 30}", f"m{n}") for n in range(300)))
 
     async def open_turns() -> int:
-        return sum([await redis.command("XLEN", key(n, "in")) for n in range(8)])
+        return sum([await redis.command("XLEN", key(n, "in")) for n in range(PARTITIONS)])
 
     assert await open_turns() == 300
     await wait_until(lambda: len(worker.heard.begun) == 300, "all are begun")
@@ -108,7 +108,7 @@ async def test_nothing_is_left_of_what_was_purged(redis: RedisServer, start_work
         await worker.end(f"c{n}", 1, answer, changed=changed, closed=n % 2 == 0, deliver=True)
     assert await worker.backend.purge(time.time() - 86400) == 20
     left = sorted(await redis.command("KEYS", "*"))
-    needed = {key(n, name) for n in range(8) for name in ("own", "in")} | {
+    needed = {key(n, name) for n in range(PARTITIONS) for name in ("own", "in")} | {
         f"hotdesk{{ctl}}:{name}" for name in ("members", "leases", "meta")
     }
     assert [name for name in left if name not in needed and ":id:" not in name] == []

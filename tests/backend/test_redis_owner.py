@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 from tests.backend.conftest import (
@@ -22,7 +24,8 @@ from tests.backend.worker import Answering, Worker, reply
 from tests.redis_servers import Link, RedisServer
 
 from conftest import wait_until
-from hotdesk.backend import StoredReply
+from hotdesk.backend import StoredReply, redis_members
+from hotdesk.backend.redis_members import LEASE_MS
 from hotdesk.errors import BackendUnavailable, StaleOwner
 
 PACE_S = 0.02
@@ -330,7 +333,7 @@ async def test_a_turn_under_way_keeps_its_partition(
 ) -> None:
     """What is handed over to a new worker waits for a moment in which nothing of it runs: no turn is run twice."""
     a, b = await start_worker(url_of(redis)), await open_worker(url_of(redis))
-    names = [f"k{n}" for n in range(40)]
+    names = [f"k{n}" for n in range(100)]  # some in each partition
     for name in names:
         await a.append(name, "m1")
     starting = asyncio.ensure_future(b.start())
@@ -368,17 +371,55 @@ async def test_a_worker_that_drains_takes_nothing_new(redis: RedisServer, start_
     await a.aclose()
 
 
+async def test_a_turn_of_a_worker_that_drains_may_take_longer_than_a_lease(
+    redis: RedisServer, start_worker: StartWorker
+) -> None:
+    """It renews its lease to the end, so nobody begins the turn a second time; what it has not goes elsewhere."""
+    a, b = await start_worker(url_of(redis)), await start_worker(url_of(redis))
+    await settled(a, b)
+    name = conversation_of(a)
+    await a.append(name, "m1")
+    leaving = asyncio.ensure_future(a.backend.hand_over(20))
+    await wait_until(lambda: owned(a) == [partition_of(a, name)], "it has what runs, and no more")
+    await asyncio.sleep(2 * LEASE_MS / 1000)
+    assert b.heard.begun == []
+    assert (await a.end(name, 1, reply(name, "m1")))[0].seq == 2
+    await leaving
+    await wait_until(lambda: owned(b) == list(range(PARTITIONS)), "the other has all")
+    await a.aclose()
+
+
+async def test_the_dead_stay_dead(
+    redis: RedisServer, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that died on another machine is not counted again after a silence of all, in which no lease runs out."""
+    machines = itertools.count()
+    monkeypatch.setattr(redis_members, "_pid_space", lambda: f"machine {next(machines)}")
+    a, b = await start_worker(url_of(redis)), await start_worker(url_of(redis))
+    await settled(a, b)
+    backend: Any = b.backend
+    backend._closing = True  # as after a kill: no word to anybody
+    await backend.partitions.aclose()
+    await backend._servers.aclose()
+    await wait_until(lambda: owned(a) == list(range(PARTITIONS)), "it is succeeded")
+    await a.aclose()
+    await asyncio.sleep(1.5 * LEASE_MS / 1000)
+    c = await start_worker(url_of(redis))
+    await wait_until(lambda: owned(c) == list(range(PARTITIONS)), "who comes then has all")
+    await all_serve(c)
+
+
 @pytest.mark.slow  # a start waits 5 s for its share
 async def test_a_hand_over_that_redis_did_not_hear_is_made_up_for(
     own_redis: RedisServer, start_worker: StartWorker
 ) -> None:
     """Redis dies in the moment of a hand-over: once it is back the partition has an owner that runs it."""
     a = await start_worker(url_of(own_redis))
-    for n in range(40):
+    for n in range(100):
         await a.append(f"k{n}", "m1")
     b = await start_worker(url_of(own_redis))
     assert owned(b) == []
-    ends = [a.end(f"k{n}", 1) for n in range(40)]
+    ends = [a.end(f"k{n}", 1) for n in range(100)]
     killing: list[asyncio.Task[None]] = []
     ends[-1].add_done_callback(lambda _: killing.append(asyncio.ensure_future(own_redis.kill())))
     await asyncio.gather(*ends)

@@ -96,6 +96,24 @@ async def test_a_new_master_is_served_from_soon_after_its_promotion(
     assert (await worker.append("c", "m1")).duplicate
 
 
+async def test_a_message_known_to_the_master_alone_is_not_said_to_be_kept(
+    servers: SentinelSet, url: str, start_worker: StartWorker
+) -> None:
+    """Sent again, by the same way or another, it is as unsure as before, until the replica has it."""
+    worker, other = await start_worker(url), await start_worker(url)
+    assert (await worker.append("c", "m1")).seq == 1
+    master = await servers.master()
+    replica = other_than(servers, master)
+    replica.freeze()
+    for sender in (worker, other, worker):
+        with pytest.raises(BackendUnavailable, match="reached 0 of the 1 replicas") as failed:
+            await sender.append("c", "m2")
+        assert failed.value.unsure
+    replica.thaw()
+    await servers.wait_ready()
+    assert (await other.append("c", "m2")).seq == 2
+
+
 async def test_what_was_kept_survives_the_death_of_the_master(servers: SentinelSet, traffic: Traffic) -> None:
     """The master is killed under load, the replica promoted, and it comes back: all is there once, in order, answered.
 

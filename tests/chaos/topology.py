@@ -66,6 +66,7 @@ class _Watched:
     link_to: RedisServer | None = None
 
     def __init__(self, servers: SentinelSet) -> None:
+        # Of two replicas one may be behind, and Sentinel, which goes by what it saw last, make that one the master.
         self.url = f"{servers.url}?replicas=1"
         self._servers = servers
 
@@ -142,7 +143,7 @@ async def open_shared_redis(topology: Topology, *, fsync: Fsync, address: str) -
         async with kind(appendfsync=fsync, address=address) as server:
             yield _One(server)
     elif topology == "sentinel":
-        async with SentinelSet(appendfsync=fsync, address=address) as servers:
+        async with SentinelSet(replicas=1, appendfsync=fsync, address=address) as servers:
             yield _Watched(servers)
     else:
         async with Cluster(replicas=1, appendfsync=fsync, address=address) as cluster:

@@ -206,6 +206,7 @@ class RedisBackend(Hearing):
                 BUCKET_TTL_S,
                 tag,
                 int(conversation not in partition.records),
+                int(self._url.replicas > 0),
             )
             sending.add_done_callback(unsure)
             _answered(sending, future, appended)

@@ -57,6 +57,9 @@ class About(msgspec.Struct, frozen=True):
     space: str
     """Where its pid means something: one boot of one machine, and one namespace of pids in it."""
 
+    leaving: bool = False
+    """It takes nothing more, and finishes what it has."""
+
     @classmethod
     def me(cls, name: str) -> About:
         return cls(name, socket.gethostname(), os.getpid(), _pid_space())
@@ -138,7 +141,7 @@ class Members:
 
     async def _live(self) -> None:
         away_since: float | None = None
-        while not self._leaving:
+        while True:
             try:
                 async with asyncio.timeout(BEAT_S):
                     await self._wake.wait()
@@ -163,16 +166,17 @@ class Members:
 
     async def _beat(self) -> bool:
         """Renew the lease; whether somebody came or went."""
-        now, grace, number, *rows = await self._calls.script(
-            "beat", self._slot, self._keys, self._me, LEASE_MS, _encode(self._about), self._number, aside=True
+        about = msgspec.structs.replace(self._about, leaving=self._leaving)
+        now, _, number, *rows = await self._calls.script(
+            "beat", self._slot, self._keys, self._me, LEASE_MS, _encode(about), self._number, aside=True
         )
-        alive = await self._read(now, grace, rows[0]) if rows else dict(self.alive)
+        alive = await self._read(now, rows[0], set(rows[1])) if rows else dict(self.alive)
         self._number = number
         for name, who in tuple(alive.items()):
             if name != self._me and who.is_dead(self._about.space):
                 await self.bury(name)  # its lease need not be waited for: it died on this machine
                 del alive[name]
-        changed = alive.keys() != self.alive.keys()
+        changed = alive != self.alive
         if changed and self.alive:
             for name in self.alive.keys() - alive.keys():
                 gone = self.alive[name]
@@ -182,7 +186,7 @@ class Members:
             self._settled = False
         return changed
 
-    async def _read(self, now: int, grace: int, rows: list[bytes]) -> dict[str, About]:
+    async def _read(self, now: int, rows: list[bytes], living: set[bytes]) -> dict[str, About]:
         """Who is alive, by *rows* of names and leases; those of whom nothing was heard for a minute are deleted."""
         alive: dict[str, About] = {}
         forgotten = []
@@ -190,9 +194,9 @@ class Members:
             if name.startswith(b"@"):
                 continue
             until, _, about = value.partition(b" ")
-            if int(until) > now or grace > now:
+            if name in living:
                 alive[name.decode()] = _about(about)
-            elif int(until) < now - FORGET_MS:
+            elif not now - FORGET_MS < int(until) < now + FORGET_MS:
                 forgotten.append(name)
         if forgotten:
             await self._calls.command(self._slot, "HDEL", self._keys[0], *forgotten)
@@ -209,6 +213,10 @@ class Members:
 
     # -- partitions ------------------------------------------------------------------------------------------
 
+    def _staying(self) -> tuple[str, ...]:
+        """Who is to have a share: those who leave finish what they have, and get nothing more."""
+        return tuple(name for name, who in self.alive.items() if not who.leaving)
+
     def owner_of(self, number: int, names: tuple[str, ...]) -> str:
         """Who of *names* should own a partition."""
         tail = f"/{number}".encode()
@@ -220,7 +228,7 @@ class Members:
             return
         self._taking = True
         try:
-            names = tuple(self.alive)
+            names = self._staying()
             share = []
             for partition in self._partitions.all:
                 to = self.owner_of(partition.number, names) if names else self._me
@@ -231,7 +239,7 @@ class Members:
             self._share = share
             missing = [partition for partition in share if not partition.mine and not partition.loading]
             settled = not missing or await self._take(missing)
-            self._settled = settled and names == tuple(self.alive)  # somebody may have come meanwhile
+            self._settled = settled and names == self._staying()  # somebody may have come meanwhile
         finally:
             self._taking = False
 
@@ -306,7 +314,7 @@ class Members:
 
     def _give(self, partition: Partition) -> asyncio.Future[Any]:
         """Let go of *partition* now, and say so. What of it still runs is begun anew by whom it is given to."""
-        names = tuple(name for name in self.alive if name != self._me or not self._leaving)
+        names = tuple(name for name in self._staying() if name != self._me or not self._leaving)
         to = self.owner_of(partition.number, names) if names else ""
         given: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if to == self._me:  # whoever it was for has gone meanwhile
@@ -372,6 +380,7 @@ class Members:
     async def leave(self, timeout_s: float) -> None:
         """Hand everything over, and be no more. What is open then begins anew elsewhere."""
         self._leaving = True
+        self._wake.set()  # the others are told, and keep off what still runs here
 
         async def give(partition: Partition) -> None:
             partition.holding = True

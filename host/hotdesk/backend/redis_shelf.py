@@ -33,8 +33,6 @@ PART_BYTES = 512 * 1024
 FORGET_S = 60
 """A report whose worker has not been alive for so long is deleted. A worker reports before it begins to live."""
 
-FORGET_MS = FORGET_S * 1000
-
 
 class RedisShelf:
     """See `runtime.shelf.Shelf` for what is promised. *me* is the worker; empty for one who only looks and pushes."""
@@ -137,12 +135,8 @@ class RedisShelf:
 
     async def _alive(self) -> set[str]:
         """The workers whose lease has not run out, as a beat of nobody tells."""
-        now, grace, _, rows = await self._calls.script(
-            "beat", self._members_slot, self._members, "", 0, "", "", aside=True
-        )
-        since = now - FORGET_MS if grace > now else now
-        leases = {name: lease for name, lease in zip(rows[::2], rows[1::2], strict=True) if not name.startswith(b"@")}
-        return {_text(name) for name, lease in leases.items() if int(lease.partition(b" ")[0]) > since}
+        *_, living = await self._calls.script("beat", self._members_slot, self._members, "", 0, "", "", aside=True)
+        return {_text(name) for name in living}
 
 
 class _Deaf:

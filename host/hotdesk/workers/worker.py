@@ -111,18 +111,16 @@ class _Worker:
     async def _serve(self) -> int:
         """Run the host until told to stop; how many turns are left to others."""
         orders = self._orders
-        async with open_host(
-            orders.config, listen=self._tell_event, log_events=orders.log_events, seat=self._seat
-        ) as host:
+        async with contextlib.AsyncExitStack() as stack:
+            opening = open_host(orders.config, listen=self._tell_event, log_events=orders.log_events, seat=self._seat)
+            beating = asyncio.create_task(self._beat())
+            stack.callback(beating.cancel)  # after the host is closed, which may take it longer than a missed beat
+            host = await stack.enter_async_context(opening)
             self._serves = True
             self._say(Line(ready=Greeting.of(host)))
-            beating = asyncio.create_task(self._beat())
-            try:
-                if orders.joining:
-                    await self._catch_up(host.catch_up)
-                await self._stop.wait()
-            finally:
-                beating.cancel()
+            if orders.joining:
+                await self._catch_up(host.catch_up)
+            await self._stop.wait()
         return host.turns.live
 
     async def _beat(self) -> None:

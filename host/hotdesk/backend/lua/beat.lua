@@ -1,8 +1,9 @@
 -- A worker is alive, and asks who else is, if that has changed since it asked last. Time is Redis's own.
--- A lease does not run out while nobody could renew it: after a silence of everybody all have another term.
+-- A lease does not run out while nobody could renew it: after a silence of everybody, and after the clock was set back,
+-- all that have one have another term. Who has none in `leases` is dead, whatever `members` still says.
 -- KEYS  members, leases
 -- ARGV  me, milliseconds a lease lasts (0: it ends now), what is to be known of me, the number of what I know ("": nothing)
--- Gives {now, until when nobody counts as dead, number}, and the names and leases when the number is another
+-- Gives {now, until when nobody counts as dead, number}, and members and the names of the living when the number is another
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local term = tonumber(ARGV[2])
@@ -10,12 +11,22 @@ local clock = redis.call('HMGET', KEYS[1], '@last', '@grace', '@number')
 local grace, number = tonumber(clock[2] or 0), tonumber(clock[3] or 0)
 local changed = 0
 if term > 0 then
-  if clock[1] and now - tonumber(clock[1]) > term then
+  local before = redis.call('HGET', KEYS[1], ARGV[1])
+  if before and string.match(before, ' (.*)') ~= ARGV[3] then -- it says that it is leaving
+    changed = 1
+  end
+  local last = tonumber(clock[1] or now)
+  if now - last > term or now < last then
     grace = now + term
     redis.call('HSET', KEYS[1], '@grace', grace)
+    if now < last then -- leases of a time that is yet to come: they end with the grace
+      for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. string.format('%.0f', grace), '+inf')) do
+        redis.call('ZADD', KEYS[2], grace, name)
+      end
+    end
   end
   redis.call('HSET', KEYS[1], '@last', now, ARGV[1], (now + term) .. ' ' .. ARGV[3])
-  changed = redis.call('ZADD', KEYS[2], now + term, ARGV[1])
+  changed = changed + redis.call('ZADD', KEYS[2], now + term, ARGV[1])
 else
   redis.call('HDEL', KEYS[1], ARGV[1])
   changed = redis.call('ZREM', KEYS[2], ARGV[1])
@@ -31,4 +42,4 @@ number = string.format('%.0f', number)
 if number == ARGV[4] then
   return {now, grace, number}
 end
-return {now, grace, number, redis.call('HGETALL', KEYS[1])}
+return {now, grace, number, redis.call('HGETALL', KEYS[1]), redis.call('ZRANGE', KEYS[2], 0, -1)}
