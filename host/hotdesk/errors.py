@@ -131,6 +131,11 @@ class BackendUnavailable(BackendError):
         return away if self.url.partition("://")[0].startswith("redis") else self.reason
 
 
+class MessageLost(BackendUnavailable):
+    """A message that was accepted is not in the record: for a moment, as a server that was replaced and does not know
+    it yet has an older one, or for ever, since the server's data were lost."""
+
+
 class StaleOwner(BackendError):
     """A write of a worker that does not own the conversation any more: it was refused, and another's turn counts."""
 

@@ -117,6 +117,33 @@ async def test_nothing_is_left_of_what_was_purged(redis: RedisServer, start_work
             assert 0 < await redis.command("TTL", name) <= 48 * 3600
 
 
+async def test_a_long_record_is_read_in_pieces(redis: RedisServer, start_worker: StartWorker) -> None:
+    """What is read is what was asked for, whatever it is cut into: pieces of a quarter MiB, or one longer entry."""
+    worker = await start_worker(url_of(redis))
+    sizes = [300_000, 10, 100_000, 100_000, 100_000, *[20] * 40, 260_000, 262_144, *[70_000] * 8, *[30] * 15]
+    texts = [str(n).ljust(size, ".") for n, size in enumerate(sizes)]
+    for n, text in enumerate(texts):
+        await worker.append("c", f"m{n}", text)
+    for after, limit in itertools.product((0, 1, 3, 44, 47, len(sizes) - 1, len(sizes)), (1, 2, 16, 50, 10**6)):
+        entries = await worker.backend.read("c", after, limit)
+        assert entries is not None
+        assert [(one.seq, one.text) for one in entries] == list(enumerate(texts, 1))[after : after + limit]
+        history = await worker.backend.history("c", len(sizes) - after + 1, limit)
+        below = list(enumerate(texts, 1))[: len(sizes) - after]
+        assert [(one.seq, one.text) for one in history] == below[-limit:]
+    assert await worker.backend.read("nobody", 0, 10) is None
+    assert await worker.backend.read("nobody", 5, 10) is None
+    assert await worker.backend.history("nobody", 5, 10) == []
+
+    async def scripts() -> int:
+        stats = (await redis.command("INFO", "commandstats")).split("cmdstat_evalsha:calls=")[1]
+        return int(stats.partition(",")[0])
+
+    before = await scripts()
+    await worker.backend.read("c", 0, 10**6)
+    assert await scripts() - before >= sum(sizes) // (256 * 1024)
+
+
 async def test_commands_of_a_moment_travel_together(redis: RedisServer, start_worker: StartWorker) -> None:
     """2,000 writes that are asked for together go in far fewer batches, and are counted."""
     worker = await start_worker(url_of(redis))

@@ -80,6 +80,7 @@ class _Watched:
         old = await self._servers.master()
         await self._servers.failover()
         await old.start()
+        await self._servers.wait_ready()  # before it follows, the new one has nobody to confirm its writes
 
 
 class _Sharded:

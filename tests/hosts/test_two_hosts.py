@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from tests.hosts.conftest import Hosts, StartHosts, backend_of, settled
+from tests.redis_servers import RedisServer
 from tests.web.test_promises import connect, messages_url, next_frame, post
 from tests.web.visitors import sse_events
 
 from conftest import Desk, wait_until
+from hotdesk.chat import elsewhere
 
 
 async def open_gate(desk: Desk, name: str = "") -> None:
@@ -152,6 +154,51 @@ async def test_a_turn_is_cancelled_from_the_other_host(hosts: Hosts, door: str) 
             await ws.send_json({"type": "cancel", "to": "m"})
             await waiting
     assert (await waiting)["error"]["code"] == "cancelled"
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_a_record_that_is_older_than_a_message_tells_no_end_of_it(
+    hosts: Hosts, redis: RedisServer, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """A server that was replaced and does not know it yet knows nothing of the newest messages: nobody hears `done`.
+
+    A message that stays unknown was lost, and who waits for its answer is told so.
+    """
+    monkeypatch.setattr(elsewhere, "OVERDUE_S", 0.1)
+    monkeypatch.setattr(elsewhere, "LOOK_S", 0.05)
+    if not comes_back:
+        monkeypatch.setattr(elsewhere, "LOST_S", 0.5)
+    conversation = hosts.owned_by(hosts.a)
+    partition = backend_of(hosts.a).partitions.of(conversation)
+    keys = [partition.journal_key(conversation), partition.conversation_key(conversation)]
+    events: list[Any] = []
+
+    async def listen() -> None:
+        async with hosts.b.http.post(
+            messages_url(hosts.b, conversation), json={"text": "wait x", "id": "m"},
+            headers={"Accept": "text/event-stream"},
+        ) as response:  # fmt: skip
+            async for event in sse_events(response):
+                events.append(event)  # noqa: PERF401 - looked at while they come
+
+    listening = asyncio.ensure_future(listen())
+    await turn_runs(hosts.a, conversation, "m")
+    for key in keys:
+        await redis.command("RENAME", key, f"{key}:newer")
+    if comes_back:
+        await asyncio.sleep(0.5)
+        assert [event.kind for event in events] == ["accepted"]
+        for key in keys:
+            await redis.command("RENAME", f"{key}:newer", key)
+        await open_gate(hosts.a, "x")
+        await asyncio.wait_for(listening, 10)
+        assert [event.kind for event in events] == ["accepted", "reply", "done"]
+    else:
+        await asyncio.wait_for(listening, 10)
+        assert [event.kind for event in events] == ["accepted", "error", "done"]
+        assert events[1].data["code"] == "backend_unavailable"
+        assert "lost this message; send it again" in events[1].data["message"]
+        await open_gate(hosts.a, "x")
 
 
 async def test_who_leaves_cancels_a_turn_of_another_host(start_hosts: StartHosts) -> None:

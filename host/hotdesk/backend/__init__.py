@@ -238,7 +238,7 @@ class Backend(Protocol):
         """The newest *limit* entries below the seq *before*, oldest first."""
 
     async def outcome(self, conversation: str, seq: int, message_id: str) -> Outcome:
-        """What became of the message with this *seq*."""
+        """What became of the message with this *seq*. Raises `MessageLost` when the journal has none."""
 
     async def record(self, conversation: str) -> ConversationRecord | None: ...
     async def unfinished(self) -> list[tuple[Message, ConversationRecord]]:

@@ -29,7 +29,7 @@ from redis.crc import key_slot
 
 from hotdesk_sdk import Message
 
-from ..errors import BackendError, BackendUnavailable, StaleOwner
+from ..errors import BackendError, BackendUnavailable, MessageLost, StaleOwner
 from ..logs import get_log
 from ..metrics import Metrics
 from . import Appended, ConversationRecord, DeadLetter, Listener, StoredReply, TurnEnd
@@ -351,14 +351,17 @@ class RedisBackend(Hearing):
         self, future: asyncio.Future[tuple[StoredReply, ...] | None], end: TurnEnd, fence: Fence
     ) -> None:
         """An end was sent before and its answer never came: was it this one that ended the turn?"""
+        replies: tuple[StoredReply, ...] = ()
         try:
-            outcome = await self.outcome(end.conversation, end.seq, end.to)
+            replies = (await self.outcome(end.conversation, end.seq, end.to)).replies
+        except MessageLost:
+            pass  # nobody's end is there
         except BackendError as exc:
             if not future.done():
                 future.set_exception(exc)
             return
-        if [reply.id for reply in outcome.replies] == [reply.id for reply in end.replies]:
-            self._kept(future, end, fence, outcome.replies[0].seq)
+        if [reply.id for reply in replies] == [reply.id for reply in end.replies]:
+            self._kept(future, end, fence, replies[0].seq)
         elif not future.done():
             future.set_result(None)
         self.partitions.ended(fence)

@@ -10,13 +10,19 @@ from redis.crc import key_slot
 
 from hotdesk_sdk import Message
 
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, MessageLost
 from . import ConversationRecord, DeadLetter, Entry, Outcome, StoredReply
 from .redis_partitions import FIELDS, Calls, Partitions, decode_entry, read_record
 
 __all__ = ["Reading"]
 
 OUTCOME_PAGE = 200
+
+PAGE_BYTES = 256 * 1024
+"""Of a long record not more is asked for at once: a worker's lease is renewed between two answers, not behind one."""
+
+MANY = 2**31
+"""More entries than any conversation has, and an exact number in Lua."""
 
 _dead_letter = msgspec.json.Decoder(DeadLetter).decode
 
@@ -31,18 +37,15 @@ class Reading:
 
     async def read(self, conversation: str, after: int, limit: int) -> list[Entry] | None:
         partition = self.partitions.of(conversation)
-        rows = self._calls.command(
-            partition.slot, "LRANGE", partition.journal_key(conversation), after, min(after + limit, 2**62) - 1
-        )
-        known = None
-        if after:
-            known = self._calls.command(partition.slot, "EXISTS", partition.journal_key(conversation))
-        entries = self._entries(await rows, after + 1)
-        if not entries and not (known is not None and await known):
-            return None
-        if known is not None:
-            await known
-        return entries
+        keys = (partition.journal_key(conversation),)
+        entries: list[Entry] = []
+        while True:
+            wanted = min(limit - len(entries), MANY)
+            length, rows = await self._calls.script("read", partition.slot, keys, after, wanted, PAGE_BYTES, aside=True)
+            entries += self._entries(rows, after + 1)
+            after += len(rows)
+            if not rows or len(entries) >= limit or after >= length:
+                return entries if length else None
 
     def _entries(self, rows: list[bytes], first: int) -> list[Entry]:
         entries = []
@@ -58,27 +61,33 @@ class Reading:
 
     async def history(self, conversation: str, before: int, limit: int) -> list[Entry]:
         partition = self.partitions.of(conversation)
-        first, rows = await self._calls.script(
-            "tail", partition.slot, (partition.journal_key(conversation),), before, limit, aside=True
-        )
-        return self._entries(rows, first)
+        keys = (partition.journal_key(conversation),)
+        entries: list[Entry] = []
+        while True:
+            wanted = limit - len(entries)
+            first, rows = await self._calls.script("tail", partition.slot, keys, before, wanted, PAGE_BYTES, aside=True)
+            entries[:0] = self._entries(rows[::-1], first)
+            before = first
+            if not rows or len(entries) >= limit or before <= 1:
+                return entries
 
     async def outcome(self, conversation: str, seq: int, message_id: str) -> Outcome:
         partition = self.partitions.of(conversation)
-        open_turn = await self._calls.command(
-            partition.slot, "HEXISTS", partition.conversation_key(conversation), f"o{seq}"
+        is_open = self._calls.command(partition.slot, "HEXISTS", partition.conversation_key(conversation), f"o{seq}")
+        keys = (partition.journal_key(conversation),)  # in the same batch: of the same server, at the same moment
+        length, rows = await self._calls.script(
+            "read", partition.slot, keys, seq - 1, OUTCOME_PAGE, PAGE_BYTES, aside=True
         )
-        if open_turn:
+        if await is_open:
             return Outcome(False, ())
-        replies: list[StoredReply] = []
-        after = seq
-        while not replies:
-            page = await self.read(conversation, after, OUTCOME_PAGE) or []
+        if length < seq:
+            raise MessageLost(self.url, f"message {message_id!r} was accepted, and is not in the record")
+        page: list[Entry] = self._entries(rows, seq)
+        while True:
             replies = [entry for entry in page if isinstance(entry, StoredReply) and entry.to == message_id]
-            if len(page) < OUTCOME_PAGE:
-                break
-            after = page[-1].seq
-        return Outcome(True, tuple(replies))
+            if replies or not page:
+                return Outcome(True, tuple(replies))
+            page = await self.read(conversation, page[-1].seq, OUTCOME_PAGE) or []
 
     async def record(self, conversation: str) -> ConversationRecord | None:
         partition = self.partitions.of(conversation)

@@ -15,7 +15,7 @@ from typing import Any
 from hotdesk_sdk import Message
 
 from ..backend import Backend, ConversationRecord, Entry, StoredReply
-from ..errors import BackendError
+from ..errors import BackendError, MessageLost
 from ..logs import Logger
 from ..runtime.guards import host_task
 from .background import Background
@@ -32,6 +32,10 @@ EARLY = 1024
 LOOK_S = 2.0
 OVERDUE_S = 5.0
 """A turn that was followed for so long is asked about in the journal, every `LOOK_S`: its news may have been missed."""
+
+LOST_S = 30.0
+"""A followed message that the journal has not known for so long is lost. A server that was replaced, and does not know
+it yet, knows an older record for some seconds."""
 
 Key = tuple[str, str]
 
@@ -57,6 +61,7 @@ class Elsewhere:
         self._log = log
         self._followed: dict[Key, TurnRun] = {}
         self._repeats: set[Key] = set()
+        self._lost_since: dict[Key, float] = {}
         self._early: OrderedDict[Key, Ended] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -123,8 +128,14 @@ class Elsewhere:
             return
         try:
             outcome = await self._backend.outcome(key[0], turn.message.seq, key[1])
+        except MessageLost as exc:
+            if time.monotonic() - self._lost_since.setdefault(key, time.monotonic()) > LOST_S:
+                self._log.error("message_lost", conversation=key[0], message=key[1], problem=exc.reason)
+                self._resolve(key, Ended((), ("backend_unavailable", "the journal lost this message; send it again")))
+            return
         except BackendError:
             return
+        self._lost_since.pop(key, None)
         if outcome.ended and self._followed.get(key) is turn:
             if key not in self._repeats:
                 self._log.info("turn_end_looked_up", conversation=key[0], message=key[1])
@@ -132,6 +143,7 @@ class Elsewhere:
 
     def _forget(self, key: Key) -> TurnRun | None:
         turn = self._followed.pop(key, None)
+        self._lost_since.pop(key, None)
         if key in self._repeats:
             self._repeats.discard(key)
             self._backend.follow(key[0], False)
