@@ -96,6 +96,17 @@ async def test_a_new_master_is_served_from_soon_after_its_promotion(
     assert (await worker.append("c", "m1")).duplicate
 
 
+async def test_a_master_whose_replicas_need_not_confirm_is_a_warning(
+    servers: SentinelSet, url: str, open_worker: StartWorker
+) -> None:
+    """What a failover may lose is said at the start, with the remedy."""
+    assert (await open_worker(url)).backend.warnings == ()
+    [warning] = (await open_worker(url.replace("replicas=1", "replicas=0"))).backend.warnings
+    assert warning == (
+        "a failover may lose what was accepted: a master has 1 replicas, and none must confirm it; write ?replicas=1"
+    )
+
+
 async def test_a_message_known_to_the_master_alone_is_not_said_to_be_kept(
     servers: SentinelSet, url: str, start_worker: StartWorker
 ) -> None:

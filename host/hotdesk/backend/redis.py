@@ -95,7 +95,7 @@ class RedisBackend(Hearing):
         read = read_redis_url(url)
         backend = cls(read, metrics, name)
         try:
-            backend.durability, backend.warnings = await look_at_servers(backend.url, backend._servers, read.replicas)
+            backend.durability, backend.warnings = await look_at_servers(read, backend._servers)
             backend._warn()
             await backend._agree()
         except BaseException:
@@ -112,7 +112,7 @@ class RedisBackend(Hearing):
         while True:
             await asyncio.sleep(LOOK_S)
             try:
-                found = await look_at_servers(self.url, self._servers, self._url.replicas)
+                found = await look_at_servers(self._url, self._servers)
             except BackendError:
                 continue
             if found != (self.durability, self.warnings):

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from ..errors import BackendError, BackendUnavailable
 from .redis_servers import Servers
+from .redis_url import RedisUrl
 
 __all__ = ["look_at_servers"]
 
 FLOOR = (7, 0)
 
 
-async def look_at_servers(url: str, servers: Servers, replicas: int) -> tuple[str, tuple[str, ...]]:
+async def look_at_servers(url: RedisUrl, servers: Servers) -> tuple[str, tuple[str, ...]]:
     """What `accepted` means there, and what about it is unsafe. Raises `BackendError` where a server is too old."""
     said: set[str] = set()
     warnings: list[str] = []
     for info in await servers.each("INFO", "server"):
         version = _info(info).get("redis_version", "0")
         if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
-            raise BackendError(f"backend {url}: it is Redis {version}; hotdesk needs 7.0 or newer, or Valkey")
+            raise BackendError(f"backend {url.text}: it is Redis {version}; hotdesk needs 7.0 or newer, or Valkey")
     for option, judge in (("append*", _judge_append), ("maxmemory-policy", _judge_eviction)):
         try:
             for rows in await servers.each("CONFIG", "GET", option):
@@ -27,9 +28,16 @@ async def look_at_servers(url: str, servers: Servers, replicas: int) -> tuple[st
             if isinstance(exc, BackendUnavailable) and "permission" not in exc.reason:
                 raise
             warnings.append(f"CONFIG GET {option} is not allowed here: nobody can say how durable this Redis is")
+    if url.kind != "single":
+        replicas = [int(_info(info).get("connected_slaves", 0)) for info in await servers.each("INFO", "replication")]
+        if max(replicas) > url.replicas:
+            warnings.append(
+                f"a failover may lose what was accepted: a master has {max(replicas)} replicas, and"
+                f" {url.replicas or 'none'} must confirm it; write ?replicas={max(replicas)}"
+            )
     durability = "redis " + ("; ".join(sorted(said)) or "of unknown durability")
-    if replicas:
-        durability += f"; confirmed by {replicas} replicas"
+    if url.replicas:
+        durability += f"; confirmed by {url.replicas} replicas"
     return durability, tuple(dict.fromkeys(warnings))
 
 
