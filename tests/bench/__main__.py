@@ -48,6 +48,8 @@ RUNS = {
     "redis_reconnect": "tests.load.redis_reconnect",
     "push": "tests.load.push",
     "hosts": "tests.chaos.hosts",
+    "hosts_sentinel": "tests.chaos.hosts --topology sentinel",
+    "hosts_cluster": "tests.chaos.hosts --topology cluster",
     "once": "tests.chaos.once",
 }
 
@@ -76,7 +78,7 @@ def main() -> int:
 def run_one(name: str, *, short: bool) -> dict[str, Any]:
     """One run as a process of its own; one that fails is a result too, with the problem in it."""
     began = time.monotonic()
-    command = [sys.executable, "-m", RUNS[name], "--json", *(["--short"] if short else [])]
+    command = [sys.executable, "-m", *RUNS[name].split(), "--json", *(["--short"] if short else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     try:
         result: dict[str, Any] = msgspec.json.decode(done.stdout)

@@ -58,7 +58,8 @@ SIGNAL_S = 2.0
 """How long the owner of a conversation has to answer another worker."""
 
 
-OUTCOME_PAGE = 200
+UNTOLD_S = 120
+"""How old a message may be whose news its worker took to the grave, with the clocks of hosts apart and Redis away."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -71,6 +72,9 @@ class RedisBackend(Hearing):
         self.durability = "unknown"
         self.warnings: tuple[str, ...] = ()
         self._url = url
+        self._tells = url.replicas > 0
+        """What a script did is told by this worker, once replicas have it, and not by the script."""
+
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._prefix = url.prefix
@@ -134,6 +138,8 @@ class RedisBackend(Hearing):
     async def start(self, listener: Listener) -> int:
         self._listener = self.partitions.listener = listener
         self.partitions.on_change = self._owner_changed
+        if self._tells:
+            self.partitions.on_succeeded = lambda partition: self.partitions.spawn(self._have_read_again(partition))
         for channel in self._inboxes:
             self._servers.subscribe(channel)
         self._servers.start_news()
@@ -180,6 +186,8 @@ class RedisBackend(Hearing):
             return future
 
         def appended(result: Any) -> None:
+            if self._tells and not result[0]:
+                self._tell_message(partition, conversation, body, result, tag, chunks)
             self._appended(future, partition, message, result, chunks, tag, channel, locale)
 
         def send() -> None:
@@ -194,7 +202,7 @@ class RedisBackend(Hearing):
                     partition.keys["seen"],
                     *(f"{partition.base}id:{number}" for number in buckets),
                 ),
-                partition.base,
+                "" if self._tells else partition.base,
                 self.me,
                 conversation,
                 body,
@@ -206,7 +214,6 @@ class RedisBackend(Hearing):
                 BUCKET_TTL_S,
                 tag,
                 int(conversation not in partition.records),
-                int(self._url.replicas > 0),
             )
             sending.add_done_callback(unsure)
             _answered(sending, future, appended)
@@ -218,6 +225,15 @@ class RedisBackend(Hearing):
 
         self._once_heard(partition, conversation, send)
         return future
+
+    def _tell_message(
+        self, partition: Partition, conversation: str, body: bytes, result: list[Any], tag: str, chunks: bool
+    ) -> None:
+        _, seq, n, owner, opened, *_ = result
+        self._calls.tell(partition, partition.channel(conversation), b"M %d\n%b" % (seq, body))
+        if owner and owner.decode() != self.me:
+            head = f"m {n} {seq} {opened} {tag} {int(chunks)} {self.me}\n"
+            self._calls.tell(partition, partition.inbox(owner.decode()), head.encode() + body)
 
     def _appended(
         self, future: asyncio.Future[Appended], partition: Partition, message: Message, result: list[Any], chunks: bool,
@@ -275,7 +291,7 @@ class RedisBackend(Hearing):
                 partition.keys["dead"],
                 partition.keys["seen"],
             ),
-            partition.base,
+            "" if self._tells else partition.base,
             self.me,
             fence.epoch,
             end.conversation,
@@ -337,6 +353,8 @@ class RedisBackend(Hearing):
     def _kept(
         self, future: asyncio.Future[tuple[StoredReply, ...] | None], end: TurnEnd, fence: Fence, first: int
     ) -> None:
+        if self._tells:
+            self._tell_end(end, fence, first)
         for seq, reply in enumerate(end.replies, first):
             msgspec.structs.force_setattr(reply, "seq", seq)  # nobody has seen it yet: it is numbered here
         if end.changed is not None and fence.partition.epoch == fence.epoch:
@@ -346,6 +364,29 @@ class RedisBackend(Hearing):
             self.partitions.keep_record(fence.partition, changed)
         if not future.done():
             future.set_result(end.replies)
+
+    async def _have_read_again(self, partition: Partition) -> None:
+        """Who died may have kept what it had not told yet: those who listen look for it."""
+        since = time.time() - UNTOLD_S
+        try:
+            names = await self._calls.command(
+                partition.slot, "ZRANGE", partition.keys["seen"], since, "+inf", "BYSCORE"
+            )
+        except BackendError as exc:
+            get_log().warning("news_untold", partition=partition.number, problem=str(exc))
+            return
+        for name in names:
+            conversation = name.decode()
+            self._calls.tell(partition, partition.channel(conversation), b"R")
+            if conversation in partition.followed and self._listener is not None:
+                self._listener.resync(conversation)
+
+    def _tell_end(self, end: TurnEnd, fence: Fence, first: int) -> None:
+        lines = (b"E %d" % first, _encode(Head(end.conversation, end.to, end.error)), *map(_encode, end.replies))
+        news = b"\n".join(lines)
+        self._calls.tell(fence.partition, fence.partition.channel(end.conversation), news)
+        if fence.origin not in ("", self.me):
+            self._calls.tell(fence.partition, fence.partition.inbox(fence.origin), news)
 
     async def _find_out(
         self, future: asyncio.Future[tuple[StoredReply, ...] | None], end: TurnEnd, fence: Fence
@@ -379,7 +420,7 @@ class RedisBackend(Hearing):
                 partition.keys["seen"],
                 partition.keys["dlv"],
             ),
-            partition.base,
+            "" if self._tells else partition.base,
             self.me,
             reply.conversation,
             _encode(reply),
@@ -389,10 +430,18 @@ class RedisBackend(Hearing):
 
         def posted(result: Any) -> None:
             if result[0]:
+                if self._tells:
+                    self._tell_post(partition, reply, result[0], result[1].decode(), deliver)
                 msgspec.structs.force_setattr(reply, "seq", result[0])
             future.set_result(reply if result[0] else None)
 
         return _answered(sending, future, posted)
+
+    def _tell_post(self, partition: Partition, reply: StoredReply, seq: int, owner: str, deliver: bool) -> None:
+        body = _encode(reply)
+        self._calls.tell(partition, partition.channel(reply.conversation), b"P %d\n%b" % (seq, body))
+        if owner not in ("", self.me):
+            self._calls.tell(partition, partition.inbox(owner), b"p %d %d\n%b" % (seq, deliver, body))
 
     def delivered(self, conversation: str, seq: int) -> asyncio.Future[None]:
         partition = self.partitions.of(conversation)

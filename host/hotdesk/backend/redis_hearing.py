@@ -269,6 +269,8 @@ class Hearing(Reading):
         elif kind == b"C":
             said = _chunks(data[2:])
             listener.hear_chunks(conversation, said.to, said.index, said.texts, False)
+        elif kind == b"R":
+            listener.resync(conversation)
         else:
             head, _, body = data.partition(b"\n")
             entry = self._entries([body], int(head[2:]))[0]

@@ -375,6 +375,8 @@ class Members:
         """News may have been missed: compare every owned partition with Redis."""
         self._settled = False
         self._wake.set()
+        for one in self._partitions.all:
+            one.records.clear()  # the server may be another, or have lost what it had
         await asyncio.gather(*(self._partitions.resync(one) for one in self._partitions.all if one.mine))
 
     async def leave(self, timeout_s: float) -> None:

@@ -76,6 +76,12 @@ class Calls:
         self._servers.send(Command(args, future, slot, not aside), aside=aside)
         return future
 
+    def tell(self, partition: Partition, channel: str, news: bytes) -> None:
+        """Say *news* after what was asked for before. It may get lost."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        future.add_done_callback(swallow)
+        self._servers.send(Command(("SPUBLISH", channel, news), future, partition.slot, False))
+
 
 class Fence:
     """What a turn shows when it writes: by whose leave it runs, and which message it is for."""
@@ -199,6 +205,9 @@ class Partitions:
         self.on_change: Callable[[Partition], None] = lambda partition: None
         """Told when a partition became this worker's, or is so no longer."""
 
+        self.on_succeeded: Callable[[Partition], object] = lambda partition: None
+        """Told when a partition became this worker's whose owner died."""
+
     def of(self, conversation: str) -> Partition:
         """The partition of a conversation: the same on every host, for ever."""
         return self.all[zlib.crc32(conversation.encode()) % len(self.all)]
@@ -301,8 +310,11 @@ class Partitions:
             own = origin == self._me
 
             def begin() -> None:
-                if partition.open.get(n) is fence:
-                    self.listener.run(message, record, attempt=attempt, opened=opened, fence=fence, own=own)
+                if partition.open.get(n) is not fence:
+                    return
+                void = self.listener.run(message, record, attempt=attempt, opened=opened, fence=fence, own=own)
+                if void is not None:
+                    self._close(void)
 
             # not before those whose append was answered just now: who waits for the answer begins them in the next tick
             self._loop.call_soon(begin, context=contextvars.Context())
@@ -363,6 +375,8 @@ class Partitions:
         for n in sorted(n for n in partition.held if n <= highest):
             partition.held.pop(n)(False)  # begun just now
         self._begin_held(partition)
+        if crashed:
+            self.on_succeeded(partition)
         return len(entries)
 
     def _begin_of(

@@ -21,7 +21,7 @@ from ..runtime.guards import host_task
 from .background import Background
 from .outbox import Event, Outbox
 from .recent import Recent
-from .turn import Ended, TurnRun
+from .turn import LOST, Ended, TurnRun
 from .turns import Turns
 
 __all__ = ["Elsewhere"]
@@ -131,7 +131,7 @@ class Elsewhere:
         except MessageLost as exc:
             if time.monotonic() - self._lost_since.setdefault(key, time.monotonic()) > LOST_S:
                 self._log.error("message_lost", conversation=key[0], message=key[1], problem=exc.reason)
-                self._resolve(key, Ended((), ("backend_unavailable", "the journal lost this message; send it again")))
+                self._resolve(key, Ended((), LOST))
             return
         except BackendError:
             return
@@ -172,10 +172,14 @@ class Elsewhere:
 
     def run(
         self, message: Message, record: ConversationRecord, *, attempt: int, opened: bool, fence: Any, own: bool = False
-    ) -> None:
+    ) -> Any:
         key = message.conversation, message.id
-        if self._turns.find(*key) is not None:
-            return
+        void = None
+        if (before := self._turns.find(*key)) is not None:
+            if before.fence is None or before.fence.tag == fence.tag:
+                return None
+            void = before.fence
+            self._hand_back(before)
         waiting = self._forget(key)
         turn = self._turns.begin(message, record, attempt=attempt, fence=fence)
         turn.remote = waiting is None and not own
@@ -184,13 +188,14 @@ class Elsewhere:
         elif own:
             turn.wait_ended().add_done_callback(lambda ended: self._remember(key, ended))
         if attempt > 1:
-            return
+            return void
         self._recent.note(message)
         if self._outbox.listened(message.conversation):
             self._outbox.tell(message.conversation, Event.of(message))
         if opened:
             self._background.observe_conversation("on_conversation_opened", record)
         self._background.observe("on_message", message)
+        return void
 
     def redeliver(self, reply: StoredReply, record: ConversationRecord) -> None:
         self._background.deliver(reply, record)
@@ -280,6 +285,7 @@ class Elsewhere:
                 await self._ask(key)
 
         self._spawn(ask_all())
+        self._recent.forget(lambda conversation: not self._turns.runs_in(conversation))  # it may be another record now
 
     # -- what is asked of others -----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ..runtime.call import Clock
 if TYPE_CHECKING:
     from .outbox import Event
 
-__all__ = ["ConversationView", "Ended", "TurnRun", "as_text"]
+__all__ = ["LOST", "ConversationView", "Ended", "TurnRun", "as_text"]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -108,6 +108,10 @@ class Ended(msgspec.Struct, frozen=True):
 
     replies: tuple[Any, ...]
     error: tuple[str, str] | None = None
+
+
+LOST = "backend_unavailable", "the journal lost this message; send it again"
+"""The error of a turn whose message was accepted, and is not in the journal any more."""
 
 
 class _Handed:

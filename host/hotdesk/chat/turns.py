@@ -31,7 +31,7 @@ from .background import Background
 from .outbox import Event, Outbox
 from .recent import Recent
 from .streaming import Outcome, Streams, close_all, settle
-from .turn import Ended, TurnRun, as_text
+from .turn import LOST, Ended, TurnRun, as_text
 
 __all__ = ["Turns", "new_id"]
 
@@ -393,6 +393,9 @@ class Turns:
                 await asyncio.sleep(next(waits, RETRY_S[-1]))
         if turn.dropped:
             return
+        if stored is None and end.replies:
+            self._log.error("message_lost", conversation=message.conversation, message=message.id)
+            end, error = TurnEnd(message.conversation, message.seq, to=turn.id, error=LOST, fence=turn.fence), LOST
         if end.changed is not None:
             lane.record = (
                 end.changed
