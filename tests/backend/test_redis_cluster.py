@@ -20,7 +20,7 @@ from tests.redis_servers import Cluster, RedisServer, free_port
 from conftest import wait_until
 from hotdesk.errors import BackendError, BackendUnavailable
 
-PARTITIONS = 16
+PARTITIONS = 32
 SERVING_S = 2.0
 _numbers = itertools.count()
 

@@ -6,18 +6,19 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
-from tests.backend.conftest import StartWorker
+from tests.backend.conftest import StartWorker, conversation_of, settled
 from tests.backend.traffic import Traffic, clients_of
-from tests.backend.worker import Worker
+from tests.backend.worker import Worker, reply
 from tests.redis_servers import Connection, RedisServer, Sentinel, SentinelSet, free_port
 
 from conftest import wait_until
 from hotdesk.errors import BackendUnavailable
 
-PARTITIONS = 16
+PARTITIONS = 32
 SERVING_S = 2.0
 _numbers = itertools.count()
 
@@ -123,6 +124,54 @@ async def test_a_message_known_to_the_master_alone_is_not_said_to_be_kept(
     replica.thaw()
     await servers.wait_ready()
     assert (await other.append("c", "m2")).seq == 2
+
+
+async def test_nobody_hears_of_what_no_replica_has(servers: SentinelSet, url: str, start_worker: StartWorker) -> None:
+    """The news of a message, of an answer and of a word between goes out once a replica has what it tells."""
+    a, b = await start_worker(url), await start_worker(url)
+    await settled(a, b)
+    name = conversation_of(a)
+    b.backend.follow(name, True)
+    await b.append(name, "m1")
+    await wait_until(lambda: a.heard.seqs(name) == [1] and b.heard.entries, "its owner runs it")
+    replica = other_than(servers, await servers.master())
+    replica.freeze()
+    with pytest.raises(BackendUnavailable, match="reached 0 of the 1 replicas"):
+        await a.end(name, 1, reply(name, "m1", "r1"))
+    with pytest.raises(BackendUnavailable, match="reached 0 of the 1 replicas"):
+        await a.backend.post(reply(name, None, "p1"), deliver=False)
+    assert b.heard.ends == []
+    assert [entry.id for entry, *_ in b.heard.entries] == ["m1"]
+    replica.thaw()
+    await servers.wait_ready()
+    kept = await a.end(name, 1, reply(name, "m1", "r1"))
+    assert kept is not None
+    await wait_until(lambda: len(b.heard.ends) == 2, "it is told, to who took it in and to who listens")
+    assert [[one.id for one in end.replies] for end in b.heard.ends] == [["r1"], ["r1"]]
+    await a.backend.post(reply(name, None, "p2"), deliver=False)
+    await wait_until(lambda: [entry.id for entry, *_ in b.heard.entries] == ["m1", "p2"], "so is a word between")
+
+
+async def test_what_a_dead_worker_had_not_told_is_looked_for(
+    servers: SentinelSet, url: str, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker dies after a replica has its answer and before it told it: who listens reads it all the same."""
+    a, b, c = [await start_worker(url) for _ in range(3)]
+    await settled(a, b, c)
+    name = conversation_of(a)
+    for worker in (b, c):
+        worker.backend.follow(name, True)
+    await a.append(name, "m1")
+    await wait_until(lambda: b.heard.entries and c.heard.entries, "they hear of it")
+    dying: Any = a.backend
+    monkeypatch.setattr(dying._calls, "tell", lambda *args: None)
+    assert await a.end(name, 1, reply(name, "m1")) is not None
+    dying._closing = True  # as after a kill: no word to anybody
+    await dying.partitions.aclose()
+    await dying._servers.aclose()
+    await settled(b, c)
+    await wait_until(lambda: name in b.heard.resynced and name in c.heard.resynced, "they read what they missed")
+    assert b.heard.ends == c.heard.ends == []
 
 
 async def test_what_was_kept_survives_the_death_of_the_master(servers: SentinelSet, traffic: Traffic) -> None:

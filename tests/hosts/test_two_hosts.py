@@ -201,6 +201,42 @@ async def test_a_record_that_is_older_than_a_message_tells_no_end_of_it(
         await open_gate(hosts.a, "x")
 
 
+async def test_a_message_that_was_lost_and_is_sent_again_is_answered(hosts: Hosts, redis: RedisServer) -> None:
+    """While the turn of the lost one runs still: its answer can be kept no more, so it is given up for a new one."""
+    conversation = hosts.owned_by(hosts.a)
+    partition = backend_of(hosts.a).partitions.of(conversation)
+    first = asyncio.ensure_future(hosts.b.say("wait x", conversation, id="m"))
+    await turn_runs(hosts.a, conversation, "m")
+    lost = hosts.a.host.turns.find(conversation, "m")
+    for key in (partition.journal_key(conversation), partition.conversation_key(conversation), partition.keys["in"]):
+        await redis.command("DEL", key)
+    await redis.command("HINCRBY", partition.own, "n", -1)
+    again = asyncio.ensure_future(hosts.b.say("wait x", conversation, id="m"))
+    await wait_until(
+        lambda: hosts.a.host.turns.find(conversation, "m") not in (lost, None), "it is run again", timeout_s=30
+    )
+    await open_gate(hosts.a, "x")
+    for said in (await first, await again):
+        assert [reply["text"] for reply in said["replies"]] == ["heard wait x"]
+    assert [entry["type"] for entry in await hosts.b.record(conversation)] == ["message", "reply"]
+    assert hosts.a.host.turns.live == 0
+    await wait_until(lambda: not partition.open, "nothing is held open")
+
+
+async def test_a_turn_whose_message_was_lost_says_so(hosts: Hosts, redis: RedisServer) -> None:
+    """Its reply can't be kept: who waits is told to send it again, and not that there is no reply."""
+    conversation = hosts.owned_by(hosts.a)
+    partition = backend_of(hosts.a).partitions.of(conversation)
+    async with connect(hosts.a, conversation) as ws:
+        await ws.send_json({"type": "message", "id": "m", "text": "wait x"})
+        await turn_runs(hosts.a, conversation, "m")
+        await redis.command("DEL", partition.conversation_key(conversation), partition.keys["in"])
+        await open_gate(hosts.a, "x")
+        error = await next_frame(ws, "error")
+    assert (error["code"], error["to"]) == ("backend_unavailable", "m")
+    assert error["message"] == "the journal lost this message; send it again"
+
+
 async def test_who_leaves_cancels_a_turn_of_another_host(start_hosts: StartHosts) -> None:
     """With on_leave = "cancel", the last listener's going cancels the turn, also where it runs elsewhere."""
     hosts = await start_hosts(on_leave="cancel")

@@ -107,6 +107,8 @@ class Elsewhere:
     def _add(self, message: Message) -> TurnRun:
         key = message.conversation, message.id
         turn = TurnRun(message, ConversationRecord(message.conversation), self._recent, 1, time.monotonic())
+        if (before := self._followed.get(key)) is not None:
+            turn.take_audience(before)  # of a message that the journal lost, and took in anew
         self._followed[key] = turn
         self._idle.clear()
         if self._looking is None:
