@@ -126,6 +126,22 @@ async def test_a_message_known_to_the_master_alone_is_not_said_to_be_kept(
     assert (await other.append("c", "m2")).seq == 2
 
 
+async def test_an_owner_is_told_to_look_for_what_may_have_been_kept(
+    servers: SentinelSet, url: str, start_worker: StartWorker
+) -> None:
+    """A message that was written and not confirmed is run, though nobody says it again, long before a sweep."""
+    url = url.replace(f"partitions={PARTITIONS}", "partitions=1024")
+    a, b = await start_worker(url), await start_worker(url)
+    await settled(a, b)
+    names = [conversation_of(a) for _ in range(20)]
+    replica = other_than(servers, await servers.master())
+    replica.freeze()
+    for refused in await asyncio.gather(*(b.append(name, "m1") for name in names), return_exceptions=True):
+        assert isinstance(refused, BackendUnavailable)
+    replica.thaw()
+    await wait_until(lambda: all(a.heard.seqs(name) == [1] for name in names), "its owner runs it", timeout_s=5.0)
+
+
 async def test_nobody_hears_of_what_no_replica_has(servers: SentinelSet, url: str, start_worker: StartWorker) -> None:
     """The news of a message, of an answer and of a word between goes out once a replica has what it tells."""
     a, b = await start_worker(url), await start_worker(url)

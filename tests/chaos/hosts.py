@@ -186,6 +186,7 @@ class Director:
         server.freeze()
         await asyncio.sleep(0.5 if self._short else random.uniform(0.2, 6.0))
         server.thaw()
+        await self.fleet.redis.wait_ready()
         await self._see_return()
 
     async def fail_over(self) -> None:

@@ -41,6 +41,9 @@ class SharedRedis(Protocol):
     async def fail_over(self) -> None:
         """Kill one that takes writes; another takes its place, and it comes back as a replica."""
 
+    async def wait_ready(self) -> None:
+        """Wait until the servers have settled who follows whom: before that nobody can confirm a write."""
+
 
 class _One:
     def __init__(self, server: RedisServer) -> None:
@@ -59,6 +62,9 @@ class _One:
 
     async def fail_over(self) -> None:
         raise NotImplementedError("one server has nobody to take its place")
+
+    async def wait_ready(self) -> None:
+        pass
 
 
 class _Watched:
@@ -80,7 +86,10 @@ class _Watched:
         old = await self._servers.master()
         await self._servers.failover()
         await old.start()
-        await self._servers.wait_ready()  # before it follows, the new one has nobody to confirm its writes
+        await self.wait_ready()
+
+    async def wait_ready(self) -> None:
+        await self._servers.wait_ready()
 
 
 class _Sharded:
@@ -124,6 +133,9 @@ class _Sharded:
         old = await self.victim()
         await self._cluster.failover(old)
         await old.start()
+        await self.wait_ready()
+
+    async def wait_ready(self) -> None:
         await self._cluster.wait_ready()
 
 

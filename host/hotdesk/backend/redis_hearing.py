@@ -18,7 +18,7 @@ from hotdesk_sdk import Message
 from ..logs import get_log
 from ..metrics import Metrics
 from . import Listener, StoredReply
-from .redis_members import Members
+from .redis_members import LOOK, Members
 from .redis_partitions import Fence, Partition, swallow
 from .redis_reading import Reading
 from .redis_servers import Servers
@@ -219,6 +219,8 @@ class Hearing(Reading):
         elif kind == b"o":
             _, epoch, by = data.decode().split(" ")
             self.members.given(partition, epoch, by)
+        elif kind == LOOK:
+            self.partitions.spawn(self.partitions.resync(partition))
         elif kind == b"s":
             self._take_signal(listener, partition, _signal(data[2:]))
         elif kind == b"a":

@@ -9,6 +9,7 @@ over at a quiet moment.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import time
@@ -24,12 +25,15 @@ from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
 from .redis_partitions import Calls, Partition, Partitions
 
-__all__ = ["LEASE_MS", "About", "Members", "members_keys"]
+__all__ = ["LEASE_MS", "LOOK", "About", "Members", "members_keys"]
 
 LEASE_MS = 1200
 """How long a worker that says nothing counts as alive."""
 
 BEAT_S = 0.25
+
+LOOK = b"l"
+"""News to an owner: something of the partition may be in Redis that it was not told of."""
 
 FORGET_MS = 60_000
 
@@ -44,8 +48,8 @@ GIVE_AGAIN_S = 0.1
 SETTLE_S = 5.0
 """How long a start waits for its share of partitions."""
 
-SWEEP = 2
-"""How many owned partitions are compared with Redis at each beat, for news that went missing unseen."""
+SWEEP_BEATS = 64
+"""In so many beats each owned partition is compared with Redis once, for news that went missing unseen."""
 
 
 class About(msgspec.Struct, frozen=True):
@@ -365,11 +369,21 @@ class Members:
 
     async def _sweep(self) -> None:
         doubtful, self._partitions.doubtful = self._partitions.doubtful, set()
-        await asyncio.gather(*(self._partitions.resync(partition) for partition in doubtful))
-        every = self._partitions.all
-        for _ in range(SWEEP):
-            self._swept = (self._swept + 1) % len(every)
-            await self._partitions.resync(every[self._swept])
+        await asyncio.gather(*(self._look_after(partition) for partition in doubtful))
+        owned = [partition for partition in self._partitions.all if partition.mine]
+        for _ in range(math.ceil(len(owned) / SWEEP_BEATS)):
+            self._swept = (self._swept + 1) % len(owned)
+            await self._partitions.resync(owned[self._swept])
+
+    async def _look_after(self, partition: Partition) -> None:
+        """Have *partition* compared with Redis by its owner."""
+        if partition.mine:
+            await self._partitions.resync(partition)
+            return
+        try:
+            await self._calls.script("signal", partition.slot, (partition.own,), partition.base, LOOK)
+        except BackendUnavailable:
+            self._partitions.doubtful.add(partition)
 
     async def resync(self) -> None:
         """News may have been missed: compare every owned partition with Redis."""
