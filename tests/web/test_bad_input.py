@@ -7,8 +7,11 @@ import contextlib
 import gc
 import gzip
 import json
+import socket
+import struct
 import tracemalloc
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import pytest
 from tests.web.visitors import (
@@ -214,6 +217,26 @@ TEXTS = (
     "\0", "a\0b", "\u2028\u2029", "\x7f\x1b[31m", "👩‍👩‍👧", "漢字", "\ufeff", "\uffff", "e\u0301", "<script>", "'; --",
     "x" * 131_072,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("request_line", ["GET /v1/ws?conversation=c", "GET /v1/conversations/c/events", "GET /readyz"])
+async def test_who_hangs_up_before_the_answer_leaves_no_traceback(
+    desk: Desk, caplog: pytest.LogCaptureFixture, request_line: str
+) -> None:
+    """A crowd of visitors that gave up waiting must not fill the log."""
+    await desk.say()
+    parts = urlsplit(desk.url)
+    upgrade = (
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+        + "A" * 22
+        + "=="
+    )
+    for _ in range(50):
+        with socket.create_connection((parts.hostname, parts.port)) as visitor:
+            visitor.sendall(f"{request_line} HTTP/1.1\r\nHost: {parts.netloc}\r\n{upgrade}\r\n\r\n".encode())
+            visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert await desk.reply("hello") == "1: hello"
+    assert [record.message for record in caplog.records if record.exc_info] == []
 
 
 async def test_any_text_comes_back_as_it_was(desk: Desk) -> None:

@@ -187,8 +187,8 @@ class Wire:
         async def guarded(request: web.Request) -> web.StreamResponse:
             try:
                 return await handler(request)
-            except ConnectionResetError:
-                raise
+            except ConnectionResetError:  # who asked is gone: no answer reaches anybody, and none is worth a traceback
+                return web.Response(status=400)
             except Exception as exc:  # the wall of a door: one shape, no traceback
                 if isinstance(exc, web.RequestPayloadError):
                     request.content.feed_eof()  # aiohttp would read on, and fail with a traceback in the log
