@@ -343,6 +343,8 @@ async def open_host(
             await turns.wait_idle(config.stop_timeout_s)
             await handing
             await elsewhere.wait_idle(until - time.monotonic())
+            if turns.live or elsewhere.live:
+                log.warning("stop_timed_out", left_open=turns.live, waited_for_elsewhere=elsewhere.live)
 
         url = ""
         if sock is not None:
