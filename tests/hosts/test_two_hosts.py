@@ -12,6 +12,7 @@ from tests.web.test_promises import connect, messages_url, next_frame, post
 from tests.web.visitors import sse_events
 
 from conftest import Desk, wait_until
+from hotdesk.backend import Outcome
 from hotdesk.chat import elsewhere
 
 
@@ -221,6 +222,24 @@ async def test_a_message_that_was_lost_and_is_sent_again_is_answered(hosts: Host
     assert [entry["type"] for entry in await hosts.b.record(conversation)] == ["message", "reply"]
     assert hosts.a.host.turns.live == 0
     await wait_until(lambda: not partition.open, "nothing is held open")
+
+
+async def test_an_answer_that_was_lost_is_no_end_without_one(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One server knows that a message was answered, and the next, which took its place, does not: try again."""
+    conversation = hosts.owned_by(hosts.a)
+    await hosts.a.say("hello", conversation, id="m")
+
+    async def outcome(conversation: str, seq: int, message_id: str) -> Outcome:
+        return Outcome(False, ())
+
+    monkeypatch.setattr(hosts.a.host.backend, "outcome", outcome)
+    async with hosts.a.http.post(
+        messages_url(hosts.a, conversation), json={"text": "hello", "id": "m"}, headers={"Accept": "text/event-stream"}
+    ) as response:
+        assert response.status == 503
+        assert (await response.json())["error"]["code"] == "backend_unavailable"
+    monkeypatch.undo()
+    assert (await hosts.a.say("hello", conversation, id="m"))["replies"][0]["text"] == "heard hello"
 
 
 async def test_a_turn_whose_message_was_lost_says_so(hosts: Hosts, redis: RedisServer) -> None:

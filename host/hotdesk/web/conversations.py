@@ -16,7 +16,7 @@ from ..chat.spool import Spooled
 from ..chat.turn import Ended
 from ..chat.turns import Turns
 from ..config import Config
-from ..errors import BackendUnavailable, DoorError
+from ..errors import BackendUnavailable, DoorError, MessageLost
 from ..metrics import Metrics
 from ..runtime.guards import host_task
 from .access import Access
@@ -237,6 +237,8 @@ class Conversations:
     async def _tell_past(self, accepted: Accepted, sink: _SseSink) -> None:
         """The answer of a message that was answered before. Raises `BackendUnavailable`."""
         past = await self._backend.outcome(accepted.conversation, accepted.seq, accepted.id)
+        if not past.ended:  # it had, a moment ago, on a server that another has replaced
+            raise MessageLost("journal", "the answer to this message was lost; send the message again")
         for reply in past.replies:
             sink.send(Event.of(reply))
         sink.end(Event("done", {"id": accepted.id}))
