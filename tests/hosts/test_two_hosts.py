@@ -189,7 +189,7 @@ async def test_a_record_that_is_older_than_a_message_tells_no_end_of_it(
     if comes_back:
         await asyncio.sleep(0.5)
         assert [event.kind for event in events] == ["accepted"]
-        for key in keys:
+        for key in reversed(keys):
             await redis.command("RENAME", f"{key}:newer", key)
         await open_gate(hosts.a, "x")
         await asyncio.wait_for(listening, 10)
