@@ -18,7 +18,7 @@ from tests.redis_servers import Link, RedisServer, ReplyError
 from conftest import wait_until
 from hotdesk.backend import ConversationRecord, StoredReply
 from hotdesk.backend import redis as redis_room
-from hotdesk.errors import BackendUnavailable
+from hotdesk.errors import BackendUnavailable, MessageLost
 from hotdesk_sdk import Message
 
 LUA = Path(redis_room.__file__).with_name("lua")
@@ -142,6 +142,18 @@ async def test_a_long_record_is_read_in_pieces(redis: RedisServer, start_worker:
     before = await scripts()
     await worker.backend.read("c", 0, 10**6)
     assert await scripts() - before >= sum(sizes) // (256 * 1024)
+
+
+async def test_an_outcome_is_of_the_message_that_was_meant(redis: RedisServer, start_worker: StartWorker) -> None:
+    """Where Redis lost a message another may have its place: what became of the lost one, nobody knows."""
+    worker = await start_worker(url_of(redis))
+    await worker.append("c", "m1")
+    assert not (await worker.backend.outcome("c", 1, "m1")).ended
+    await worker.end("c", 1, reply("c", "m1"))
+    assert [one.to for one in (await worker.backend.outcome("c", 1, "m1")).replies] == ["m1"]
+    for seq, id in ((1, "another"), (2, "m1"), (3, "m3")):
+        with pytest.raises(MessageLost):
+            await worker.backend.outcome("c", seq, id)
 
 
 async def test_commands_of_a_moment_travel_together(redis: RedisServer, start_worker: StartWorker) -> None:

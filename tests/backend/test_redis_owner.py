@@ -389,6 +389,54 @@ async def test_a_turn_of_a_worker_that_drains_may_take_longer_than_a_lease(
     await a.aclose()
 
 
+async def test_what_is_given_to_one_who_leaves_too_is_taken_by_who_stays(
+    redis: RedisServer, start_worker: StartWorker
+) -> None:
+    """All workers of a host leave at once, before they know it of each other, and one of them has a long turn."""
+    a, b, c = [await start_worker(url_of(redis)) for _ in range(3)]
+    await settled(a, b, c)
+    name = conversation_of(b)
+    await b.append(name, "m1")
+    leaving = [asyncio.ensure_future(worker.backend.hand_over(20)) for worker in (a, b)]
+    held = {partition_of(b, name)}
+    await wait_until(lambda: set(owned(c)) == set(range(PARTITIONS)) - held, "who stays has all but what runs", 5.0)
+    assert owned(b) == list(held)
+    await b.end(name, 1, reply(name, "m1"))
+    await asyncio.gather(*leaving)
+    await all_serve(c)
+    for worker in (a, b):
+        await worker.aclose()
+
+
+async def test_a_succession_that_stumbles_is_one_all_the_same(
+    redis: RedisServer, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heir of a dead worker is cut off before it has looked: what that one may have died of counts all the same."""
+    a, b = await start_worker(url_of(redis)), await start_worker(url_of(redis))
+    await settled(a, b)
+    name = conversation_of(a)
+    await a.append(name, "m1")
+    partition = partition_of(a, name)
+    heir: Any = b.backend
+    look, refused = heir.partitions._look, []
+
+    async def refuse_once(one: Any, after: int) -> Any:
+        if one.number == partition and not refused:
+            refused.append(one)
+            raise BackendUnavailable("redis://", "cut off")
+        return await look(one, after)
+
+    monkeypatch.setattr(heir.partitions, "_look", refuse_once)
+    dying: Any = a.backend
+    dying._closing = True  # as after a kill: no word to anybody
+    await dying.partitions.aclose()
+    await dying._servers.aclose()
+    await wait_until(lambda: b.heard.seqs(name) == [1], "it is run")
+    assert refused
+    assert b.heard.begun[-1].attempt == 2
+    assert await redis.command("HVALS", key(partition, "tries")) == ["1"]
+
+
 async def test_the_dead_stay_dead(
     redis: RedisServer, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,7 +180,7 @@ async def test_what_a_dead_worker_had_not_told_is_looked_for(
     await a.append(name, "m1")
     await wait_until(lambda: b.heard.entries and c.heard.entries, "they hear of it")
     dying: Any = a.backend
-    monkeypatch.setattr(dying._calls, "tell", lambda *args: None)
+    monkeypatch.setattr(dying._calls, "tell", lambda *args: asyncio.get_running_loop().create_future())
     assert await a.end(name, 1, reply(name, "m1")) is not None
     dying._closing = True  # as after a kill: no word to anybody
     await dying.partitions.aclose()

@@ -202,7 +202,10 @@ async def test_a_record_that_is_older_than_a_message_tells_no_end_of_it(
         await open_gate(hosts.a, "x")
 
 
-async def test_a_message_that_was_lost_and_is_sent_again_is_answered(hosts: Hosts, redis: RedisServer) -> None:
+@pytest.mark.parametrize("at_owner", [True, False])
+async def test_a_message_that_was_lost_and_is_sent_again_is_answered(
+    hosts: Hosts, redis: RedisServer, at_owner: bool
+) -> None:
     """While the turn of the lost one runs still: its answer can be kept no more, so it is given up for a new one."""
     conversation = hosts.owned_by(hosts.a)
     partition = backend_of(hosts.a).partitions.of(conversation)
@@ -212,7 +215,8 @@ async def test_a_message_that_was_lost_and_is_sent_again_is_answered(hosts: Host
     for key in (partition.journal_key(conversation), partition.conversation_key(conversation), partition.keys["in"]):
         await redis.command("DEL", key)
     await redis.command("HINCRBY", partition.own, "n", -1)
-    again = asyncio.ensure_future(hosts.b.say("wait x", conversation, id="m"))
+    await backend_of(hosts.a).partitions.resync(partition)
+    again = asyncio.ensure_future((hosts.a if at_owner else hosts.b).say("wait x", conversation, id="m"))
     await wait_until(
         lambda: hosts.a.host.turns.find(conversation, "m") not in (lost, None), "it is run again", timeout_s=30
     )
@@ -222,6 +226,7 @@ async def test_a_message_that_was_lost_and_is_sent_again_is_answered(hosts: Host
     assert [entry["type"] for entry in await hosts.b.record(conversation)] == ["message", "reply"]
     assert hosts.a.host.turns.live == 0
     await wait_until(lambda: not partition.open, "nothing is held open")
+    assert await hosts.b.reply("hello", conversation) == "heard hello"
 
 
 async def test_an_answer_that_was_lost_is_no_end_without_one(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,11 +128,11 @@ class Listener(Protocol):
 
     def run(
         self, message: Message, record: ConversationRecord, *, attempt: int, opened: bool, fence: Any, own: bool = False
-    ) -> Any:
+    ) -> None:
         """Begin the turn of a message that came in elsewhere, or before this worker's time (*attempt* 2 and more).
 
         *own*: it was appended by this worker, which may not have been told so yet. A turn of the same message with
-        another fence is given up, and its fence returned: the journal lost that message, and took it in anew.
+        another fence is given up: the journal lost that message, and took it in anew.
         """
 
     def redeliver(self, reply: StoredReply, record: ConversationRecord) -> None:

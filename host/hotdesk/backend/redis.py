@@ -58,9 +58,6 @@ SIGNAL_S = 2.0
 """How long the owner of a conversation has to answer another worker."""
 
 
-UNTOLD_S = 120
-"""How old a message may be whose news its worker took to the grave, with the clocks of hosts apart and Redis away."""
-
 _encode = msgspec.json.Encoder().encode
 
 
@@ -84,6 +81,9 @@ class RedisBackend(Hearing):
         self._calls = Calls(self._servers, scripts)
         self.partitions = Partitions(url.prefix, url.partitions, self._calls, self.me, self.url)
         self.members = Members(url.prefix, self._calls, self.partitions, self.me, About.me(name or "host"))
+        if self._tells:
+            self.partitions.on_load = self.partitions.doubt_news
+            self.members.on_gone = self.partitions.doubt_all_news
         self.shelf = RedisShelf(url.prefix, self._servers, self._calls, self.me)
         self._inboxes = {partition.inbox(self.me): partition for partition in self.partitions.all}
         self._channels: dict[str, tuple[Partition, str]] = {}
@@ -138,8 +138,6 @@ class RedisBackend(Hearing):
     async def start(self, listener: Listener) -> int:
         self._listener = self.partitions.listener = listener
         self.partitions.on_change = self._owner_changed
-        if self._tells:
-            self.partitions.on_succeeded = lambda partition: self.partitions.spawn(self._have_read_again(partition))
         for channel in self._inboxes:
             self._servers.subscribe(channel)
         self._servers.start_news()
@@ -215,13 +213,8 @@ class RedisBackend(Hearing):
                 tag,
                 int(conversation not in partition.records),
             )
-            sending.add_done_callback(unsure)
+            self._note_unsure(sending, partition, conversation)
             _answered(sending, future, appended)
-
-        def unsure(sent: asyncio.Future[Any]) -> None:
-            exc = None if sent.cancelled() else sent.exception()
-            if isinstance(exc, BackendUnavailable) and exc.unsure:
-                self.partitions.doubtful.add(partition)  # it may be there, and nobody else is told of it
 
         self._once_heard(partition, conversation, send)
         return future
@@ -230,10 +223,10 @@ class RedisBackend(Hearing):
         self, partition: Partition, conversation: str, body: bytes, result: list[Any], tag: str, chunks: bool
     ) -> None:
         _, seq, n, owner, opened, *_ = result
-        self._calls.tell(partition, partition.channel(conversation), b"M %d\n%b" % (seq, body))
+        self._tell(partition, conversation, partition.channel(conversation), b"M %d\n%b" % (seq, body))
         if owner and owner.decode() != self.me:
             head = f"m {n} {seq} {opened} {tag} {int(chunks)} {self.me}\n"
-            self._calls.tell(partition, partition.inbox(owner.decode()), head.encode() + body)
+            self._tell(partition, conversation, partition.inbox(owner.decode()), head.encode() + body)
 
     def _appended(
         self, future: asyncio.Future[Appended], partition: Partition, message: Message, result: list[Any], chunks: bool,
@@ -365,28 +358,36 @@ class RedisBackend(Hearing):
         if not future.done():
             future.set_result(end.replies)
 
-    async def _have_read_again(self, partition: Partition) -> None:
-        """Who died may have kept what it had not told yet: those who listen look for it."""
-        since = time.time() - UNTOLD_S
-        try:
-            names = await self._calls.command(
-                partition.slot, "ZRANGE", partition.keys["seen"], since, "+inf", "BYSCORE"
-            )
-        except BackendError as exc:
-            get_log().warning("news_untold", partition=partition.number, problem=str(exc))
-            return
-        for name in names:
-            conversation = name.decode()
-            self._calls.tell(partition, partition.channel(conversation), b"R")
-            if conversation in partition.followed and self._listener is not None:
-                self._listener.resync(conversation)
+    def _tell(self, partition: Partition, conversation: str, channel: str, news: bytes) -> None:
+        """Say what replicas have by now. Where that fails, readers are told to look, and the owner."""
+
+        def said(done: asyncio.Future[Any]) -> None:
+            if not done.cancelled() and done.exception() is not None:
+                self._may_be_untold(partition, conversation)
+
+        self._calls.tell(partition, channel, news).add_done_callback(said)
+
+    def _may_be_untold(self, partition: Partition, conversation: str) -> None:
+        self.partitions.doubtful.add(partition)
+        if self._tells:
+            self.partitions.untold.add((partition, conversation))
+
+    def _note_unsure(self, sending: asyncio.Future[Any], partition: Partition, conversation: str) -> None:
+        """What may be in Redis, and nobody knows of it, is looked for."""
+
+        def sent(done: asyncio.Future[Any]) -> None:
+            exc = None if done.cancelled() else done.exception()
+            if isinstance(exc, BackendUnavailable) and exc.unsure:
+                self._may_be_untold(partition, conversation)
+
+        sending.add_done_callback(sent)
 
     def _tell_end(self, end: TurnEnd, fence: Fence, first: int) -> None:
         lines = (b"E %d" % first, _encode(Head(end.conversation, end.to, end.error)), *map(_encode, end.replies))
         news = b"\n".join(lines)
-        self._calls.tell(fence.partition, fence.partition.channel(end.conversation), news)
+        self._tell(fence.partition, end.conversation, fence.partition.channel(end.conversation), news)
         if fence.origin not in ("", self.me):
-            self._calls.tell(fence.partition, fence.partition.inbox(fence.origin), news)
+            self._tell(fence.partition, end.conversation, fence.partition.inbox(fence.origin), news)
 
     async def _find_out(
         self, future: asyncio.Future[tuple[StoredReply, ...] | None], end: TurnEnd, fence: Fence
@@ -435,13 +436,14 @@ class RedisBackend(Hearing):
                 msgspec.structs.force_setattr(reply, "seq", result[0])
             future.set_result(reply if result[0] else None)
 
+        self._note_unsure(sending, partition, reply.conversation)
         return _answered(sending, future, posted)
 
     def _tell_post(self, partition: Partition, reply: StoredReply, seq: int, owner: str, deliver: bool) -> None:
         body = _encode(reply)
-        self._calls.tell(partition, partition.channel(reply.conversation), b"P %d\n%b" % (seq, body))
+        self._tell(partition, reply.conversation, partition.channel(reply.conversation), b"P %d\n%b" % (seq, body))
         if owner not in ("", self.me):
-            self._calls.tell(partition, partition.inbox(owner), b"p %d %d\n%b" % (seq, deliver, body))
+            self._tell(partition, reply.conversation, partition.inbox(owner), b"p %d %d\n%b" % (seq, deliver, body))
 
     def delivered(self, conversation: str, seq: int) -> asyncio.Future[None]:
         partition = self.partitions.of(conversation)

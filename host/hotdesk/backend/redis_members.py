@@ -23,7 +23,7 @@ from redis.crc import key_slot
 
 from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
-from .redis_partitions import Calls, Partition, Partitions
+from .redis_partitions import Calls, Partition, Partitions, swallow
 
 __all__ = ["LEASE_MS", "LOOK", "About", "Members", "members_keys"]
 
@@ -130,6 +130,7 @@ class Members:
 
         self.hand_overs = 0
         self.on_beat: Callable[[], None] = lambda: None
+        self.on_gone: Callable[[], None] = lambda: None
 
     # -- leases ----------------------------------------------------------------------------------------------
 
@@ -182,6 +183,8 @@ class Members:
                 del alive[name]
         changed = alive != self.alive
         if changed and self.alive:
+            if self.alive.keys() - alive.keys():
+                self.on_gone()
             for name in self.alive.keys() - alive.keys():
                 gone = self.alive[name]
                 get_log().info("worker_gone", member=gone.name, host=gone.host, pid=gone.pid)
@@ -271,19 +274,25 @@ class Members:
         if partition.mine or partition.loading:
             return 0
         partition.loading = True
+        of_the_dead = owner not in ("", self._me)
         try:
             taken, *now = await self._calls.script("take", partition.slot, (partition.own,), self._me, owner, epoch)
-        except BaseException:
+        except BaseException as exc:
             partition.loading = False
+            partition.heir = partition.heir or (of_the_dead and isinstance(exc, BackendUnavailable) and exc.unsure)
             raise
         if not taken:
             partition.loading = False
             return 0
-        return await self._partitions.load(partition, now[0].decode(), crashed=owner not in ("", self._me))
+        partition.heir = partition.heir or of_the_dead
+        return await self._partitions.load(partition, now[0].decode(), crashed=partition.heir)
 
     def given(self, partition: Partition, epoch: str, by: str) -> None:
         """Another worker handed *partition* to this one."""
-        if partition.loading or self._leaving:
+        if self._leaving:  # that one did not know it yet
+            self._partitions.spawn(self._say_given(partition, epoch, "", ())).add_done_callback(swallow)
+            return
+        if partition.loading:
             return
         if partition.mine:
             if partition.epoch == epoch:
@@ -370,6 +379,7 @@ class Members:
     async def _sweep(self) -> None:
         doubtful, self._partitions.doubtful = self._partitions.doubtful, set()
         await asyncio.gather(*(self._look_after(partition) for partition in doubtful))
+        await self._partitions.have_read()
         owned = [partition for partition in self._partitions.all if partition.mine]
         for _ in range(math.ceil(len(owned) / SWEEP_BEATS)):
             self._swept = (self._swept + 1) % len(owned)
@@ -404,12 +414,14 @@ class Members:
             if partition.mine:
                 await self._give(partition)
 
-        given = await asyncio.gather(
-            *(give(partition) for partition in self._partitions.all if partition.mine), return_exceptions=True
-        )
-        for result in given:
-            if isinstance(result, BaseException) and not isinstance(result, BackendError):
-                raise result
+        while any(partition.mine or partition.loading for partition in self._partitions.all):
+            given = await asyncio.gather(
+                *(give(partition) for partition in self._partitions.all if partition.mine), return_exceptions=True
+            )
+            for result in given:
+                if isinstance(result, BaseException) and not isinstance(result, BackendError):
+                    raise result
+            await asyncio.sleep(0.01)  # what was being taken over comes yet
         if self._task is not None:
             self._task.cancel()
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,6 +31,9 @@ __all__ = ["Calls", "Fence", "Partition", "Partitions", "decode_entry", "read_re
 
 PAGE = 500
 """Open messages that are looked at in one go."""
+
+UNTOLD_S = 30
+"""How old an entry may be whose news its worker took to the grave, with the clocks of hosts apart."""
 
 GAP_S = 0.03
 """How long the news of a message may take before it is looked up."""
@@ -76,11 +80,11 @@ class Calls:
         self._servers.send(Command(args, future, slot, not aside), aside=aside)
         return future
 
-    def tell(self, partition: Partition, channel: str, news: bytes) -> None:
-        """Say *news* after what was asked for before. It may get lost."""
+    def tell(self, partition: Partition, channel: str, news: bytes) -> asyncio.Future[Any]:
+        """Say *news* after what was asked for before."""
         future: asyncio.Future[Any] = self._loop.create_future()
-        future.add_done_callback(swallow)
         self._servers.send(Command(("SPUBLISH", channel, news), future, partition.slot, False))
+        return future
 
 
 class Fence:
@@ -127,12 +131,20 @@ class Fence:
         self.heard = True
         """Somebody may listen to its chunks elsewhere."""
 
+    def close(self) -> None:
+        """Nothing runs by this leave any more."""
+        partition = self.partition
+        if partition.open.get(self.n) is self:
+            del partition.open[self.n]
+            if partition.on_quiet is not None and not partition.open:
+                partition.on_quiet()
+
 
 class Partition:
     """One partition, as this worker knows it."""
 
     __slots__ = (
-        "base", "done", "epoch", "followed", "giving", "held", "holding", "keys", "loading", "next", "number",
+        "base", "done", "epoch", "followed", "giving", "heir", "held", "holding", "keys", "loading", "next", "number",
         "on_quiet", "open", "own", "records", "slot", "waiting_record",
     )  # fmt: skip
 
@@ -146,6 +158,9 @@ class Partition:
 
         self.loading = False
         """It is being taken over: what comes is held."""
+
+        self.heir = False
+        """It was taken from a worker that died, and not yet looked at."""
 
         self.holding = False
         """It is being handed over: nothing new is begun."""
@@ -205,8 +220,14 @@ class Partitions:
         self.on_change: Callable[[Partition], None] = lambda partition: None
         """Told when a partition became this worker's, or is so no longer."""
 
-        self.on_succeeded: Callable[[Partition], object] = lambda partition: None
-        """Told when a partition became this worker's whose owner died."""
+        self.on_load: Callable[[Partition], object] = lambda partition: None
+        """Told when a partition became this worker's, once what is open of it is begun."""
+
+        self.untold: set[tuple[Partition, str]] = set()
+        """Conversations whose readers may not have been told of all that was kept: to be told at the next beat."""
+
+        self.unread: set[Partition] = set()
+        """Partitions of whose newest conversations the same is true."""
 
     def of(self, conversation: str) -> Partition:
         """The partition of a conversation: the same on every host, for ever."""
@@ -310,11 +331,8 @@ class Partitions:
             own = origin == self._me
 
             def begin() -> None:
-                if partition.open.get(n) is not fence:
-                    return
-                void = self.listener.run(message, record, attempt=attempt, opened=opened, fence=fence, own=own)
-                if void is not None:
-                    self._close(void)
+                if partition.open.get(n) is fence:
+                    self.listener.run(message, record, attempt=attempt, opened=opened, fence=fence, own=own)
 
             # not before those whose append was answered just now: who waits for the answer begins them in the next tick
             self._loop.call_soon(begin, context=contextvars.Context())
@@ -359,7 +377,7 @@ class Partitions:
             self._release_held(partition)
             raise
         partition.epoch = epoch
-        partition.loading = False
+        partition.loading = partition.heir = False
         for name, record in records.items():
             partition.records[name] = record
         partition.next = highest + 1
@@ -375,8 +393,7 @@ class Partitions:
         for n in sorted(n for n in partition.held if n <= highest):
             partition.held.pop(n)(False)  # begun just now
         self._begin_held(partition)
-        if crashed:
-            self.on_succeeded(partition)
+        self.on_load(partition)
         return len(entries)
 
     def _begin_of(
@@ -483,6 +500,43 @@ class Partitions:
         """Whether the message waits for its conversation's record already."""
         return decode_entry(_fields(entry)[b"b"]).conversation in partition.waiting_record
 
+    # -- news that may not have been told ---------------------------------------------------------------------
+
+    def doubt_news(self, partition: Partition) -> None:
+        """Who had *partition* may have kept what it had not told yet."""
+        self.unread.add(partition)
+
+    def doubt_all_news(self) -> None:
+        """A worker has gone, and may have kept what it had not told yet."""
+        self.unread.update(partition for partition in self.all if partition.mine)
+
+    async def have_read(self) -> None:
+        """Have readers everywhere look at what they may not have been told of."""
+        untold, self.untold = self.untold, set()
+        unread, self.unread = self.unread, set()
+        for partition, conversation in untold:
+            self._have_read(partition, conversation)
+        await asyncio.gather(*map(self._have_newest_read, unread))
+
+    async def _have_newest_read(self, partition: Partition) -> None:
+        newest = (partition.keys["seen"], time.time() - UNTOLD_S, "+inf", "BYSCORE")
+        try:
+            names = await self._calls.command(partition.slot, "ZRANGE", *newest)
+        except BackendError:
+            self.unread.add(partition)
+            return
+        for name in names:
+            self._have_read(partition, name.decode())
+
+    def _have_read(self, partition: Partition, conversation: str) -> None:
+        def said(done: asyncio.Future[Any]) -> None:
+            if not done.cancelled() and done.exception() is not None:
+                self.untold.add((partition, conversation))
+
+        self._calls.tell(partition, partition.channel(conversation), b"R").add_done_callback(said)
+        if conversation in partition.followed:
+            self.listener.resync(conversation)
+
     def rob(self, partition: Partition) -> None:
         """*partition* turns out not to be this worker's."""
         self.lose(partition)
@@ -517,14 +571,7 @@ class Partitions:
         """
         if fence.partition.done is not None:
             fence.partition.done.add(fence.n)
-        self._loop.call_soon(self._close, fence, context=contextvars.Context())
-
-    def _close(self, fence: Fence) -> None:
-        partition = fence.partition
-        if partition.open.get(fence.n) is fence:
-            del partition.open[fence.n]
-            if partition.on_quiet is not None and not partition.open:
-                partition.on_quiet()
+        self._loop.call_soon(fence.close, context=contextvars.Context())
 
     async def aclose(self) -> None:
         for task in tuple(self._tasks):

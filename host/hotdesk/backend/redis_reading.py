@@ -80,9 +80,9 @@ class Reading:
         )
         if await is_open:
             return Outcome(False, ())
-        if length < seq:
-            raise MessageLost(self.url, f"message {message_id!r} was accepted, and is not in the record")
         page: list[Entry] = self._entries(rows, seq)
+        if length < seq or page[0].id != message_id:
+            raise MessageLost(self.url, f"message {message_id!r} was accepted, and is not in the record")
         while True:
             replies = [entry for entry in page if isinstance(entry, StoredReply) and entry.to == message_id]
             if replies or not page:

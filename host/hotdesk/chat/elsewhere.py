@@ -109,6 +109,7 @@ class Elsewhere:
         turn = TurnRun(message, ConversationRecord(message.conversation), self._recent, 1, time.monotonic())
         if (before := self._followed.get(key)) is not None:
             turn.take_audience(before)  # of a message that the journal lost, and took in anew
+            self._lost_since.pop(key, None)
         self._followed[key] = turn
         self._idle.clear()
         if self._looking is None:
@@ -131,6 +132,8 @@ class Elsewhere:
         try:
             outcome = await self._backend.outcome(key[0], turn.message.seq, key[1])
         except MessageLost as exc:
+            if self._followed.get(key) is not turn:
+                return
             if time.monotonic() - self._lost_since.setdefault(key, time.monotonic()) > LOST_S:
                 self._log.error("message_lost", conversation=key[0], message=key[1], problem=exc.reason)
                 self._resolve(key, Ended((), LOST))
@@ -170,34 +173,44 @@ class Elsewhere:
         except Exception as exc:  # as in the outbox: a door's fault is not the turn's
             self._log.error("watcher_failed", conversation=turn.message.conversation, exc_info=exc)
 
+    def begin(self, message: Message, record: ConversationRecord, *, attempt: int = 1, fence: Any) -> TurnRun:
+        """Run a message's turn here. Who waits for it elsewhere waits for this one.
+
+        So does who waits for a turn of it that runs here: the journal lost that message, and took it in anew, so what
+        that turn comes to could not be kept.
+        """
+        key = message.conversation, message.id
+        if (before := self._turns.find(*key)) is not None:
+            self._hand_back(before)
+            before.fence.close()
+        waiting = self._forget(key)
+        turn = self._turns.begin(message, record, attempt=attempt, fence=fence)
+        if waiting is not None:
+            turn.take_audience(waiting)
+        return turn
+
     # -- what the backend says: see `backend.Listener` -------------------------------------------------------
 
     def run(
         self, message: Message, record: ConversationRecord, *, attempt: int, opened: bool, fence: Any, own: bool = False
-    ) -> Any:
+    ) -> None:
         key = message.conversation, message.id
-        void = None
-        if (before := self._turns.find(*key)) is not None:
-            if before.fence is None or before.fence.tag == fence.tag:
-                return None
-            void = before.fence
-            self._hand_back(before)
-        waiting = self._forget(key)
-        turn = self._turns.begin(message, record, attempt=attempt, fence=fence)
-        turn.remote = waiting is None and not own
-        if waiting is not None:
-            turn.take_audience(waiting)
-        elif own:
+        before = self._turns.find(*key)
+        if before is not None and before.fence.tag == fence.tag:
+            return
+        followed = key in self._followed
+        turn = self.begin(message, record, attempt=attempt, fence=fence)
+        turn.remote = not followed and not own
+        if own and not followed:
             turn.wait_ended().add_done_callback(lambda ended: self._remember(key, ended))
         if attempt > 1:
-            return void
+            return
         self._recent.note(message)
         if self._outbox.listened(message.conversation):
             self._outbox.tell(message.conversation, Event.of(message))
         if opened:
             self._background.observe_conversation("on_conversation_opened", record)
         self._background.observe("on_message", message)
-        return void
 
     def redeliver(self, reply: StoredReply, record: ConversationRecord) -> None:
         self._background.deliver(reply, record)

@@ -303,7 +303,7 @@ class Intake:
             turn = self._elsewhere.follow(message)
             return Accepted(message.id, message.conversation, appended.seq, False, turn)
         self._recent.note(message)
-        turn = self._turns.begin(message, appended.conversation, fence=appended.fence)
+        turn = self._elsewhere.begin(message, appended.conversation, fence=appended.fence)
         if self._outbox.listened(message.conversation):
             self._outbox.tell(message.conversation, Event.of(message))
         if appended.opened:
