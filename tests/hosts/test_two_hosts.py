@@ -229,6 +229,28 @@ async def test_a_message_that_was_lost_and_is_sent_again_is_answered(
     assert await hosts.b.reply("hello", conversation) == "heard hello"
 
 
+async def test_an_answer_that_comes_before_the_word_that_its_message_was_kept(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner is told at once, and may be done before who took the message in hears of it: the stream has it all."""
+    conversation = hosts.owned_by(hosts.a)
+    backend: Any = hosts.b.host.backend
+    append, loop = backend.append, asyncio.get_running_loop()
+
+    def append_late(*args: Any, **options: Any) -> asyncio.Future[Any]:
+        late: asyncio.Future[Any] = loop.create_future()
+        append(*args, **options).add_done_callback(lambda done: loop.call_later(0.5, late.set_result, done.result()))
+        return late
+
+    monkeypatch.setattr(backend, "append", append_late)
+    async with hosts.b.http.post(
+        messages_url(hosts.b, conversation), json={"text": "hello", "id": "m"}, headers={"Accept": "text/event-stream"}
+    ) as response:
+        events = [event async for event in sse_events(response)]
+    assert [event.kind for event in events] == ["accepted", "reply", "done"]
+    assert events[1].data["text"] == "heard hello"
+
+
 async def test_an_answer_that_was_lost_is_no_end_without_one(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     """One server knows that a message was answered, and the next, which took its place, does not: try again."""
     conversation = hosts.owned_by(hosts.a)

@@ -25,6 +25,7 @@ TIMES = ("ms", "s", "bytes", "KiB", "MiB", "%", "turns/s", "µs", "times", "core
         "tests.load.swaps",
         "tests.chaos.kill",
         "tests.chaos.hosts",
+        "tests.chaos.hosts --topology sentinel",
         "tests.chaos.once",
         "tests.load.leak",
         "tests.load.wasm_swaps",
@@ -97,7 +98,7 @@ def nearly(figure: Figure) -> Figure:
 async def short_form(run: str) -> dict[str, Any]:
     """What the short form of a run found."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", run, "--short", "--json"),
+        *(sys.executable, "-m", *run.split(), "--short", "--json"),
         cwd=Path(__file__).parents[2],
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

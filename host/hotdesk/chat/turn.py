@@ -15,6 +15,7 @@ from ..backend import ConversationRecord, Entry
 from ..errors import CallFailed, TurnAborted
 from ..runtime.active import Slot, Snapshot
 from ..runtime.call import Clock
+from .outbox import Event
 
 if TYPE_CHECKING:
     from .outbox import Event
@@ -283,6 +284,16 @@ class TurnRun:
         future: asyncio.Future[Ended | None] = asyncio.get_running_loop().create_future()
         self.tell_end(future)
         return future
+
+    def watch(self, watcher: Callable[[Event], object]) -> None:
+        """Have *watcher* told of what comes of it; of its end now, where it has ended."""
+        if self.ended is None:
+            self.watchers = [*(self.watchers or ()), watcher]
+            return
+        for reply in self.ended.replies:
+            watcher(Event.of(reply))
+        if self.ended.error is not None:
+            watcher(Event.error(self.id, *self.ended.error))
 
     def end(self, ended: Ended) -> None:
         """It is over: tell whoever waits."""

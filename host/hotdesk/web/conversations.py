@@ -203,7 +203,7 @@ class Conversations:
             first = {"id": outcome.id, "conversation": outcome.conversation, "seq": outcome.seq, "status": "accepted"}
             sink.send(Event("accepted", first))
             if (turn := outcome.turn) is not None:
-                turn.watchers = [*(turn.watchers or ()), sink.send]
+                turn.watch(sink.send)
                 turn.wait_ended().add_done_callback(
                     lambda ended: sink.end(STOPPING if ended.cancelled() else Event("done", {"id": outcome.id}))
                 )
