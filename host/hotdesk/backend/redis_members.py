@@ -9,7 +9,6 @@ over at a quiet moment.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import socket
 import time
@@ -48,7 +47,7 @@ GIVE_AGAIN_S = 0.1
 SETTLE_S = 5.0
 """How long a start waits for its share of partitions."""
 
-SWEEP_BEATS = 64
+SWEEP_BEATS = 32
 """In so many beats each owned partition is compared with Redis once, for news that went missing unseen."""
 
 
@@ -124,6 +123,7 @@ class Members:
         self._taking = False
         self._looked_at = 0.0
         self._swept = 0
+        self._due = 0.0
         self._wake = asyncio.Event()
         self.taken = 0
         """Turns that were taken over."""
@@ -381,7 +381,9 @@ class Members:
         await asyncio.gather(*(self._look_after(partition) for partition in doubtful))
         await self._partitions.have_read()
         owned = [partition for partition in self._partitions.all if partition.mine]
-        for _ in range(math.ceil(len(owned) / SWEEP_BEATS)):
+        self._due = min(self._due + len(owned) / SWEEP_BEATS, len(owned))
+        while self._due >= 1:
+            self._due -= 1
             self._swept = (self._swept + 1) % len(owned)
             await self._partitions.resync(owned[self._swept])
 
