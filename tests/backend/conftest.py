@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[2]
 _names = itertools.count()
 PARTITIONS = 32
 """So many that of three workers none goes without by the chance of its name, but once in a hundred thousand."""
-"""Enough to share out among three workers; an owner looks through all of them in a second."""
 
 
 class Journal:
@@ -130,6 +129,14 @@ async def settled(*workers: Worker) -> None:
         )
 
     await wait_until(shared_out, "the partitions are shared out")
+
+
+async def die(worker: Worker) -> None:
+    """What others see of a worker that is killed: no word to anybody, and no lease renewed."""
+    backend: Any = worker.backend
+    backend._closing = True
+    await backend.partitions.aclose()
+    await backend._servers.aclose()
 
 
 def conversation_of(worker: Worker, *, not_in: set[int] = frozenset()) -> str:  # type: ignore[assignment]

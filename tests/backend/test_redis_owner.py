@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from tests.backend.conftest import (
     StartWorker,
     answers,
     conversation_of,
+    die,
     key,
     settled,
     url_of,
@@ -427,10 +430,7 @@ async def test_a_succession_that_stumbles_is_one_all_the_same(
         return await look(one, after)
 
     monkeypatch.setattr(heir.partitions, "_look", refuse_once)
-    dying: Any = a.backend
-    dying._closing = True  # as after a kill: no word to anybody
-    await dying.partitions.aclose()
-    await dying._servers.aclose()
+    await die(a)
     await wait_until(lambda: b.heard.seqs(name) == [1], "it is run")
     assert refused
     assert b.heard.begun[-1].attempt == 2
@@ -445,16 +445,89 @@ async def test_the_dead_stay_dead(
     monkeypatch.setattr(redis_members, "_pid_space", lambda: f"machine {next(machines)}")
     a, b = await start_worker(url_of(redis)), await start_worker(url_of(redis))
     await settled(a, b)
-    backend: Any = b.backend
-    backend._closing = True  # as after a kill: no word to anybody
-    await backend.partitions.aclose()
-    await backend._servers.aclose()
+    await die(b)
     await wait_until(lambda: owned(a) == list(range(PARTITIONS)), "it is succeeded")
     await a.aclose()
     await asyncio.sleep(1.5 * LEASE_MS / 1000)
     c = await start_worker(url_of(redis))
     await wait_until(lambda: owned(c) == list(range(PARTITIONS)), "who comes then has all")
     await all_serve(c)
+
+
+async def test_the_dead_are_succeeded_though_the_clock_was_set_back(
+    redis: RedisServer, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leases were made when Redis' clock was an hour ahead: who died since is not waited for until then."""
+    machines = itertools.count()
+    monkeypatch.setattr(redis_members, "_pid_space", lambda: f"machine {next(machines)}")
+    a, b = await start_worker(url_of(redis)), await start_worker(url_of(redis))
+    await settled(a, b)
+    await die(b)
+    ahead = int((time.time() + 3600) * 1000)
+    members, leases = (f"hotdesk{{ctl}}:{name}" for name in ("members", "leases"))
+    about = (await redis.command("HGET", members, b.backend.me)).partition(" ")[2]  # type: ignore[attr-defined]
+    await asyncio.gather(
+        redis.command("HSET", members, "@last", ahead, b.backend.me, f"{ahead} {about}"),  # type: ignore[attr-defined]
+        redis.command("ZADD", leases, ahead, b.backend.me),  # type: ignore[attr-defined]
+    )
+    await wait_until(lambda: owned(a) == list(range(PARTITIONS)), "who lives has all", timeout_s=10)
+    await all_serve(a)
+
+
+@contextlib.asynccontextmanager
+async def lease_of(worker: Worker, server: RedisServer) -> AsyncIterator[list[int]]:
+    """How many milliseconds its lease had yet to run, each time that one looked."""
+    left: list[int] = []
+
+    async def look() -> None:
+        async with await server.open() as connection:
+            while True:
+                score, (seconds, micros) = await connection.pipeline(
+                    [("ZSCORE", "hotdesk{ctl}:leases", worker.backend.me), ("TIME",)]  # type: ignore[attr-defined]
+                )
+                left.append(int(score) - int(seconds) * 1000 - int(micros) // 1000)
+                await asyncio.sleep(0.02)
+
+    looking = asyncio.ensure_future(look())
+    try:
+        yield left
+    finally:
+        looking.cancel()
+
+
+async def test_a_lease_is_renewed_whatever_a_sweep_takes(redis: RedisServer, start_worker: StartWorker) -> None:
+    """A fifth of a second to Redis and back, and a thousand partitions to look after."""
+    async with await Link.open(redis.port) as link:
+        a = await start_worker(url_of(redis, partitions=1024, port=link.port))
+        swept = [partition for partition in a.backend.partitions.all if partition.mine]  # type: ignore[attr-defined]
+        assert len(swept) == 1024
+        members: Any = a.backend.members  # type: ignore[attr-defined]
+        link.delay_s = 0.1
+        async with lease_of(a, redis) as left:
+            at = members._swept
+            await wait_until(lambda: members._swept >= at + 256, "a quarter was looked at", timeout_s=60)
+        link.delay_s = 0.0
+    assert min(left) > 0
+
+
+async def test_a_lease_is_renewed_whatever_a_succession_takes(redis: RedisServer, start_worker: StartWorker) -> None:
+    """What the dead one left open is read page by page, and at this distance longer than a lease lasts."""
+    async with await Link.open(redis.port) as link:
+        a = await start_worker(url_of(redis, port=link.port))
+        b = await start_worker(url_of(redis))
+        await settled(a, b)
+        name = conversation_of(b)
+        await asyncio.gather(*(b.append(name, f"m{n}") for n in range(5000)))
+        link.delay_s = 0.1
+        async with lease_of(a, redis) as left:
+            await die(b)
+            began = time.monotonic()
+            await wait_until(lambda: len(a.heard.seqs(name)) == 5000, "it runs what was open", timeout_s=60)
+        took = time.monotonic() - began
+        link.delay_s = 0.0
+    assert a.heard.seqs(name) == list(range(1, 5001))
+    assert took > 2 * LEASE_MS / 1000
+    assert min(left) > 0
 
 
 @pytest.mark.slow  # a start waits 5 s for its share

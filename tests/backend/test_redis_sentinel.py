@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from tests.backend.conftest import StartWorker, conversation_of, settled
+from tests.backend.conftest import StartWorker, conversation_of, die, settled
 from tests.backend.traffic import Traffic, clients_of
 from tests.backend.worker import Worker, reply
 from tests.redis_servers import Connection, RedisServer, Sentinel, SentinelSet, free_port
@@ -57,6 +57,23 @@ async def traffic(url: str, start_worker: StartWorker) -> AsyncIterator[Traffic]
 
 def other_than(servers: SentinelSet, master: RedisServer) -> RedisServer:
     return next(server for server in servers.servers if server is not master)
+
+
+async def heard_of(name: str, sender: Worker, *others: Worker) -> None:
+    """*sender* takes a message in, of which all hear; from now on whoever is told to look has a new reason."""
+
+    def nothing_is_due() -> bool:
+        backends: list[Any] = [worker.backend for worker in (sender, *others)]
+        return not any(one.partitions.unread or one.partitions.untold for one in backends)
+
+    await wait_until(nothing_is_due, "what came with a new owner is done")
+    for worker in (sender, *others):
+        worker.backend.follow(name, True)
+    await wait_until(lambda: all(worker.heard.resynced == [name] for worker in others), "they listen")
+    await sender.append(name, "m1")
+    await wait_until(lambda: all(worker.heard.entries for worker in others), "they hear of it")
+    for worker in (sender, *others):
+        worker.heard.resynced.clear()
 
 
 async def is_master(server: RedisServer) -> bool:
@@ -175,19 +192,63 @@ async def test_what_a_dead_worker_had_not_told_is_looked_for(
     a, b, c = [await start_worker(url) for _ in range(3)]
     await settled(a, b, c)
     name = conversation_of(a)
-    for worker in (b, c):
-        worker.backend.follow(name, True)
-    await a.append(name, "m1")
-    await wait_until(lambda: b.heard.entries and c.heard.entries, "they hear of it")
+    await heard_of(name, a, b, c)
     dying: Any = a.backend
     monkeypatch.setattr(dying._calls, "tell", lambda *args: asyncio.get_running_loop().create_future())
     assert await a.end(name, 1, reply(name, "m1")) is not None
-    dying._closing = True  # as after a kill: no word to anybody
-    await dying.partitions.aclose()
-    await dying._servers.aclose()
+    await die(a)
     await settled(b, c)
     await wait_until(lambda: name in b.heard.resynced and name in c.heard.resynced, "they read what they missed")
     assert b.heard.ends == c.heard.ends == []
+
+
+async def test_what_a_dead_door_had_not_told_is_run_and_read(
+    servers: SentinelSet, url: str, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who took messages in dies before it told their owner: it looks, and has readers look, long before a sweep."""
+    url = url.replace(f"partitions={PARTITIONS}", "partitions=1024")
+    a, b, door = [await start_worker(url) for _ in range(3)]
+    await settled(a, b, door)
+    names = [conversation_of(a) for _ in range(20)]
+    await heard_of(names[0], a, b)
+    dying: Any = door.backend
+    monkeypatch.setattr(dying._calls, "tell", lambda *args: asyncio.get_running_loop().create_future())
+    await asyncio.gather(*(door.append(name, "m2") for name in names))
+
+    def run() -> set[str]:
+        return {begun.message.conversation for begun in a.heard.begun if begun.message.id == "m2"}
+
+    assert run() == set()
+    await die(door)
+    await wait_until(lambda: run() == set(names), "their owner runs them", timeout_s=5.0)
+    await wait_until(lambda: b.heard.resynced == [names[0]], "who listens is told to look")
+
+
+async def test_news_that_could_not_be_told_is_read(
+    servers: SentinelSet, url: str, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica has the answer, and the way to say so is cut, twice: who listens is told to look at a later beat."""
+    a, b = await start_worker(url), await start_worker(url)
+    await settled(a, b)
+    name = conversation_of(a)
+    await heard_of(name, a, b)
+    calls: Any = a.backend._calls  # type: ignore[attr-defined]
+    tell, failed = calls.tell, []
+
+    def cut(*args: Any) -> asyncio.Future[Any]:
+        if len(failed) == 2:
+            return tell(*args)  # type: ignore[no-any-return]
+        failed.append(args)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.set_exception(BackendUnavailable("redis://", "cut off"))
+        return future
+
+    monkeypatch.setattr(calls, "tell", cut)
+    assert await a.end(name, 1, reply(name, "m1")) is not None
+    await wait_until(lambda: b.heard.resynced == [name], "it is told to look")
+    assert name in a.heard.resynced
+    assert len(failed) == 2
+    assert b.heard.ends == []
 
 
 async def test_what_was_kept_survives_the_death_of_the_master(servers: SentinelSet, traffic: Traffic) -> None:

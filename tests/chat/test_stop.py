@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
+import structlog
 from tests.web.visitors import open_desk, sse_events
 
 from conftest import Desk, echo, wait_until
@@ -95,7 +96,9 @@ async def test_a_stop_finishes_what_runs(tmp_path: Path) -> None:
     async with stopping_later(tmp_path, plugins=slow(tmp_path)) as (desk, stop):
         waiting = [asyncio.ensure_future(send(desk, text, wait="10")) for text in ("0.3", "0.2", "0.1")]
         await wait_until(lambda: desk.host.turns.live == 3, "three turns are accepted")
-        await stop()
+        with structlog.testing.capture_logs() as logs:
+            await stop()
+        assert [line for line in logs if line["event"] == "stop_timed_out"] == []
         answers = [await answer for answer in waiting]
     assert [status for status, _ in answers] == [200, 200, 200]
     async with open_desk(tmp_path) as desk:
@@ -109,8 +112,11 @@ async def test_what_does_not_finish_runs_once_at_the_next_start(tmp_path: Path) 
         assert (await send(desk, "30"))[0] == 202
         assert (await send(desk, "0"))[0] == 202
         await wait_until(lambda: (tmp_path / "log").exists(), "the turn has begun")
-        took = await stop()
+        with structlog.testing.capture_logs() as logs:
+            took = await stop()
     assert took < 4
+    [said] = [line for line in logs if line["event"] == "stop_timed_out"]
+    assert (said["left_open"], said["waited_for_elsewhere"]) == (2, 0)
     async with open_desk(tmp_path, {"slow.py": echo(2)}) as desk:
         assert desk.host.resumed == 2
         await wait_until(lambda: desk.host.turns.live == 0, "the turns ended")

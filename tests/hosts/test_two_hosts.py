@@ -187,7 +187,8 @@ async def test_a_record_that_is_older_than_a_message_tells_no_end_of_it(
     for key in keys:
         await redis.command("RENAME", key, f"{key}:newer")
     if comes_back:
-        await asyncio.sleep(0.5)
+        looked_up: Any = hosts.b.host.elsewhere
+        await wait_until(lambda: looked_up._lost_since, "it was looked for, and not found")
         assert [event.kind for event in events] == ["accepted"]
         for key in reversed(keys):
             await redis.command("RENAME", f"{key}:newer", key)

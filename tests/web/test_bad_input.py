@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import pytest
+import structlog
 from tests.web.visitors import (
     BINARY,
     TEXT,
@@ -231,12 +232,29 @@ async def test_who_hangs_up_before_the_answer_leaves_no_traceback(
         + "A" * 22
         + "=="
     )
-    for _ in range(50):
-        with socket.create_connection((parts.hostname, parts.port)) as visitor:
-            visitor.sendall(f"{request_line} HTTP/1.1\r\nHost: {parts.netloc}\r\n{upgrade}\r\n\r\n".encode())
-            visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    assert await desk.reply("hello") == "1: hello"
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(50):
+            with socket.create_connection((parts.hostname, parts.port)) as visitor:
+                visitor.sendall(f"{request_line} HTTP/1.1\r\nHost: {parts.netloc}\r\n{upgrade}\r\n\r\n".encode())
+                visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert await desk.reply("hello") == "1: hello"
     assert [record.message for record in caplog.records if record.exc_info] == []
+    assert [line["event"] for line in logs] == []
+
+
+async def test_a_connection_of_the_host_that_breaks_is_no_visitor_that_went(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is still there gets an answer that says what happened, in the shape of all errors."""
+    await desk.say("hello", "c")
+
+    async def read(*args: object) -> None:
+        raise ConnectionResetError("to somebody else")
+
+    monkeypatch.setattr(desk.host.backend, "read", read)
+    async with desk.http.get(f"{desk.url}/v1/conversations/c/messages") as response:
+        assert response.status == 500
+        assert (await response.json())["error"]["code"] == "internal_error"
 
 
 async def test_any_text_comes_back_as_it_was(desk: Desk) -> None:

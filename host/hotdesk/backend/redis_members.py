@@ -118,18 +118,18 @@ class Members:
         self._share: list[Partition] = []
         """What should be this worker's, with those who were alive when that was last worked out."""
 
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._leaving = False
         self._taking = False
-        self._looked_at = 0.0
         self._swept = 0
         self._due = 0.0
+        self._away_since: float | None = None
         self._wake = asyncio.Event()
+        self._beaten = asyncio.Event()
         self.taken = 0
         """Turns that were taken over."""
 
         self.hand_overs = 0
-        self.on_beat: Callable[[], None] = lambda: None
         self.on_gone: Callable[[], None] = lambda: None
 
     # -- leases ----------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Members:
     async def join(self) -> None:
         """Begin to live, and take this worker's share. Raises `BackendUnavailable`."""
         await self._beat()
-        self._task = self._partitions.spawn(self._live())
+        self._tasks = [self._partitions.spawn(self._live()), self._partitions.spawn(self._tend())]
         deadline = time.monotonic() + SETTLE_S
         while not self._settled and time.monotonic() < deadline:
             await self._plan()
@@ -145,7 +145,7 @@ class Members:
                 await asyncio.sleep(0.02)
 
     async def _live(self) -> None:
-        away_since: float | None = None
+        """Renew the lease, and nothing else: what there is to do with partitions may take longer than a lease does."""
         while True:
             try:
                 async with asyncio.timeout(BEAT_S):
@@ -155,19 +155,36 @@ class Members:
             self._wake.clear()
             try:
                 await self._beat()
-                if away_since is not None:
-                    get_log().info("backend_back", away_s=round(time.monotonic() - away_since, 1))
-                    away_since = None
+                self._beaten.set()
+            except BackendUnavailable as exc:
+                self._note_away(exc)
+            except Exception as exc:  # a fault of ours in one beat must not end this worker's life
+                get_log().error("beat_failed", exc_info=exc)
+
+    async def _tend(self) -> None:
+        """After each beat: have the partitions that this worker should have, and see that none was forgotten."""
+        while True:
+            await self._beaten.wait()
+            self._beaten.clear()
+            try:
                 if not self._settled or not all(partition.mine for partition in self._share):
                     await self._plan()
                 await self._sweep()
-                self.on_beat()
+                self._note_back()
             except BackendUnavailable as exc:
-                if away_since is None:
-                    away_since = time.monotonic()
-                    get_log().warning("backend_away", backend=exc.url, problem=exc.reason)
-            except Exception as exc:  # a fault of ours in one beat must not end this worker's life
-                get_log().error("beat_failed", exc_info=exc)
+                self._note_away(exc)
+            except Exception as exc:
+                get_log().error("tending_failed", exc_info=exc)
+
+    def _note_away(self, exc: BackendUnavailable) -> None:
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            get_log().warning("backend_away", backend=exc.url, problem=exc.reason)
+
+    def _note_back(self) -> None:
+        if self._away_since is not None:
+            get_log().info("backend_back", away_s=round(time.monotonic() - self._away_since, 1))
+            self._away_since = None
 
     async def _beat(self) -> bool:
         """Renew the lease; whether somebody came or went."""
@@ -382,10 +399,11 @@ class Members:
         await self._partitions.have_read()
         owned = [partition for partition in self._partitions.all if partition.mine]
         self._due = min(self._due + len(owned) / SWEEP_BEATS, len(owned))
-        while self._due >= 1:
-            self._due -= 1
-            self._swept = (self._swept + 1) % len(owned)
-            await self._partitions.resync(owned[self._swept])
+        count = int(self._due)
+        self._due -= count
+        self._swept += count
+        looked_at = (owned[(self._swept - n) % len(owned)] for n in range(count))
+        await asyncio.gather(*map(self._partitions.resync, looked_at))
 
     async def _look_after(self, partition: Partition) -> None:
         """Have *partition* compared with Redis by its owner."""
@@ -416,16 +434,18 @@ class Members:
             if partition.mine:
                 await self._give(partition)
 
-        while any(partition.mine or partition.loading for partition in self._partitions.all):
+        while True:
             given = await asyncio.gather(
                 *(give(partition) for partition in self._partitions.all if partition.mine), return_exceptions=True
             )
             for result in given:
                 if isinstance(result, BaseException) and not isinstance(result, BackendError):
                     raise result
+            if not any(partition.mine or partition.loading for partition in self._partitions.all):
+                break
             await asyncio.sleep(0.01)  # what was being taken over comes yet
-        if self._task is not None:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
         try:
             await self._calls.script("beat", self._slot, self._keys, self._me, 0, "", self._number, aside=True)
         except BackendError:

@@ -507,8 +507,10 @@ class Partitions:
         self.unread.add(partition)
 
     def doubt_all_news(self) -> None:
-        """A worker has gone, and may have kept what it had not told yet."""
-        self.unread.update(partition for partition in self.all if partition.mine)
+        """A worker has gone, and may have kept what it had not told yet: to readers, or to this one as the owner."""
+        mine = [partition for partition in self.all if partition.mine]
+        self.unread.update(mine)
+        self.doubtful.update(mine)
 
     async def have_read(self) -> None:
         """Have readers everywhere look at what they may not have been told of."""

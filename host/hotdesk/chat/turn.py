@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -16,9 +16,6 @@ from ..errors import CallFailed, TurnAborted
 from ..runtime.active import Slot, Snapshot
 from ..runtime.call import Clock
 from .outbox import Event
-
-if TYPE_CHECKING:
-    from .outbox import Event
 
 __all__ = ["LOST", "ConversationView", "Ended", "TurnRun", "as_text"]
 

@@ -187,9 +187,10 @@ class Wire:
         async def guarded(request: web.Request) -> web.StreamResponse:
             try:
                 return await handler(request)
-            except ConnectionResetError:  # who asked is gone: no answer reaches anybody, and none is worth a traceback
-                return web.Response(status=400)
             except Exception as exc:  # the wall of a door: one shape, no traceback
+                gone = request.transport is None or request.transport.is_closing()
+                if gone and isinstance(exc, ConnectionResetError):
+                    return web.Response(status=400)  # nobody reads it
                 if isinstance(exc, web.RequestPayloadError):
                     request.content.feed_eof()  # aiohttp would read on, and fail with a traceback in the log
                 return self.error(self.as_door_error(exc, request.path))

@@ -1,4 +1,4 @@
--- Entries of a conversation above a seq: as many as are asked for, or fewer, but one, where they are long.
+-- Entries of a conversation above a seq: as many as are asked for, or fewer where they are long, but one at least.
 -- KEYS  journal
 -- ARGV  the seq, how many, bytes
 -- Gives {how many entries the conversation has, entries…}

@@ -1,4 +1,4 @@
--- The newest entries of a conversation below a seq: as many as are asked for, or fewer, but one, where they are long.
+-- The newest entries of a conversation below a seq: as many as are asked for, or fewer where they are long, but one at least.
 -- KEYS  journal
 -- ARGV  the seq, how many, bytes
 -- Gives {seq of the first of them, entries from the last to the first}
