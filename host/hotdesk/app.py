@@ -69,6 +69,7 @@ from .web.port import BACKLOG, bind_port
 from .web.probes import Probes
 from .web.seat import Seat
 from .web.siblings import Siblings
+from .web.steering import SteeredSite
 from .web.webhooks import Webhooks
 from .web.websocket import WebSockets
 from .web.wire import Wire
@@ -349,7 +350,19 @@ async def open_host(
         url = ""
         if sock is not None:
             departure = seat.departure if seat is not None else None
-            runners.append(await _serve(config, sock, doors, intake, turns, leave, stack, departure))
+
+            def open_site(runner: web.AppRunner, sock: socket.socket) -> web.BaseSite:
+                if seat is None:
+                    return web.SockSite(runner, sock, backlog=BACKLOG)
+                return SteeredSite(
+                    runner,
+                    sock,
+                    entrance=seat.entrance,
+                    find=lambda conversation: siblings.entrance_to(backend.home(conversation)),
+                    passed=metrics.passed_connections.inc,
+                )
+
+            runners.append(await _serve(config, sock, doors, intake, turns, leave, stack, departure, open_site))
             url = _url(config, sock)
         if not serve:
             stack.callback(intake.stop)
@@ -439,6 +452,7 @@ async def _serve(
     leave: Callable[[], Awaitable[None]],
     stack: contextlib.AsyncExitStack,
     departure: Departure | None,
+    open_site: Callable[[web.AppRunner, socket.socket], web.BaseSite],
 ) -> web.AppRunner:
     """Listen; on the way out, leave the port to the other workers, where there are any; stop taking messages, then
     tell everyone connected to come back."""
@@ -450,7 +464,7 @@ async def _serve(
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.SockSite(runner, sock, backlog=BACKLOG).start()
+    await open_site(runner, sock).start()
 
     async def stop() -> None:
         if departure is not None:

@@ -133,6 +133,11 @@ class Metrics:
             registry=registry,
         )
         self.connections = Gauge("hotdesk_connections", "Open visitor connections", ["door"], registry=registry)
+        self.passed_connections = Counter(
+            "hotdesk_connections_passed_total",
+            "New connections passed on to the worker that runs their conversation's turns",
+            registry=registry,
+        )
         self.slow_readers = Counter(
             "hotdesk_slow_readers_total",
             "Connections closed because they read too slowly",

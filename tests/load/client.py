@@ -233,68 +233,84 @@ async def open_loop(
     rate: float,
     seconds: float,
     connections: int = 64,
+    pinned: bool = False,
 ) -> Load:
     """*rate* requests a second, evenly; where all connections are busy, requests queue and their latency runs.
 
-    *request* makes the n-th request as it leaves, *accept* judges its answer.
+    *request* makes the n-th request as it leaves, *accept* judges its answer. *pinned*: the n-th goes over connection
+    n modulo *connections*, as of visitors who have one each, and not over any that is free, as a proxy's do.
     """
-    generator = _OpenLoop(port, request, accept)
-    for _ in range(connections):
-        await generator.connect()
+    lanes = [_Lane() for _ in range(connections if pinned else 1)]
+    generator = _OpenLoop(port, request, accept, lanes)
+    for number in range(connections):
+        await generator.connect(lanes[number % len(lanes)])
     with hold_gc():
         await generator.run(rate, round(rate * seconds))
     generator.close()
     return generator.load
 
 
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """Connections that share their requests: all of them, or each its own."""
+
+    idle: deque[HttpConnection] = field(default_factory=deque)
+    queue: deque[tuple[int, float]] = field(default_factory=deque)
+
+
 class _OpenLoop:
-    def __init__(self, port: int, request: Callable[[int], bytes], accept: Callable[[int, int, bytes], bool]) -> None:
+    def __init__(
+        self, port: int, request: Callable[[int], bytes], accept: Callable[[int, int, bytes], bool], lanes: list[_Lane]
+    ) -> None:
         self.load = Load()
         self._port = port
         self._request = request
         self._accept = accept
-        self._idle: deque[HttpConnection] = deque()
+        self._lanes = lanes
+        self._lane_of: dict[HttpConnection, _Lane] = {}
         self._busy: dict[HttpConnection, tuple[int, float]] = {}
-        self._queue: deque[tuple[int, float]] = deque()
         self._opening: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def connect(self) -> None:
+    async def connect(self, lane: _Lane) -> None:
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(
             lambda: HttpConnection(self._answered, self._lost), "127.0.0.1", self._port
         )
-        self._idle.append(connection)
+        self._lane_of[connection] = lane
+        lane.idle.append(connection)
 
     async def run(self, rate: float, count: int) -> None:
         began, n = perf_counter(), 0
         while n < count:
             now = perf_counter()
             while n < count and (due := began + n / rate) <= now:
-                self._queue.append((n, due))
+                lane = self._lanes[n % len(self._lanes)]
+                lane.queue.append((n, due))
+                self._send_queued(lane)
                 n += 1
-            self._send_queued()
             # uvloop's timers tick in milliseconds; what is due within one leaves together, its latency running.
             await asyncio.sleep(max(0.0005, due - now))
         self.load.seconds = perf_counter() - began
         give_up = perf_counter() + LAST_ANSWER_S
-        while (self._busy or self._queue) and perf_counter() < give_up:
-            self._send_queued()
+        while (left := len(self._busy) + sum(len(lane.queue) for lane in self._lanes)) and perf_counter() < give_up:
+            for lane in self._lanes:
+                self._send_queued(lane)
             await asyncio.sleep(0.005)
-        if self._busy or self._queue:
-            self.load.failures["no answer"] += len(self._busy) + len(self._queue)
+        if left:
+            self.load.failures["no answer"] += left
 
     def close(self) -> None:
         self._closed = True
         for task in self._opening:
             task.cancel()
-        for connection in (*self._idle, *self._busy):
+        for connection in self._lane_of:
             connection.transport.abort()
 
-    def _send_queued(self) -> None:
-        while self._queue and self._idle:
-            connection = self._idle.popleft()
-            n, due = self._queue.popleft()
+    def _send_queued(self, lane: _Lane) -> None:
+        while lane.queue and lane.idle:
+            connection = lane.idle.popleft()
+            n, due = lane.queue.popleft()
             self._busy[connection] = (n, due)
             connection.transport.write(self._request(n))
 
@@ -304,26 +320,27 @@ class _OpenLoop:
             self.load.latencies_s.append(perf_counter() - due)
         else:
             self.load.failures[f"{status} {body[:120].decode(errors='replace')}"] += 1
-        self._idle.append(connection)
-        if self._queue:
-            self._send_queued()
+        lane = self._lane_of[connection]
+        lane.idle.append(connection)
+        self._send_queued(lane)
 
     def _lost(self, connection: HttpConnection) -> None:
         """A connection that the server closed is replaced; what was under way on it has failed."""
         if self._closed:
             return
+        lane = self._lane_of.pop(connection)
         if self._busy.pop(connection, None) is not None:
             self.load.failures["connection lost"] += 1
-        elif connection in self._idle:
-            self._idle.remove(connection)
-        task = asyncio.get_running_loop().create_task(self._reconnect())
+        elif connection in lane.idle:
+            lane.idle.remove(connection)
+        task = asyncio.get_running_loop().create_task(self._reconnect(lane))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
-    async def _reconnect(self) -> None:
+    async def _reconnect(self, lane: _Lane) -> None:
         while not self._closed:
             try:
-                return await self.connect()
+                return await self.connect(lane)
             except OSError:
                 await asyncio.sleep(0.02)
         return None

@@ -102,6 +102,12 @@ def turn_requests() -> Callable[[int, int], bytes]:
     return request
 
 
+def visitor_requests() -> Callable[[int, int], bytes]:
+    """Requests of ever new messages; each connection is one visitor's, in one conversation."""
+    numbers = count()
+    return lambda connection, n: message_request(f"v{connection}", f"m{next(numbers)}", TEXT)
+
+
 def echo_request(connection: int, n: int) -> bytes:
     """The same body as a turn's, for the bare echo."""
     return request_bytes("POST", "/echo", message_body(f"m{n}", TEXT))

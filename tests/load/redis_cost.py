@@ -1,9 +1,10 @@
 """What a turn costs the hosts and Redis (CPU, commands, bytes) with 1 to 8 workers and with 16 to 1,024 partitions.
 
 All on the same two cores, at fixed rates: workers once with the same traffic in all, which each has less and less of,
-and once with traffic that grows with them. What is spent where nobody says anything (heartbeats, looks at what went
-missing) is measured apart, before the load, and taken off: a turn's own cost is what grows with traffic, and that of
-being there is a host's.
+and once with traffic that grows with them. A connection is one visitor's, in one conversation; with the same traffic in
+all it is also measured as a proxy's, on which many visitors' messages go by turns. What is spent where nobody says
+anything (heartbeats, looks at what went missing) is measured apart, before the load, and taken off: a turn's own cost
+is what grows with traffic, and that of being there is a host's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import median
 from time import monotonic
 
 from tests.load.client import open_loop
-from tests.load.http_rate import is_answered_nth, turn_requests
+from tests.load.http_rate import is_answered_nth, turn_requests, visitor_requests
 from tests.load.redis_desk import RedisDesk, Spent, running_redis_desk
 from tests.load.report import Figure, run_main
 from tests.load.sources import onion
@@ -50,6 +51,9 @@ class Found:
     rate: int
     """Turns a second."""
 
+    mixed: bool = False
+    """Whether each connection carries messages of all conversations."""
+
     idle: list[Spent] = field(default_factory=list)
     """A second of nothing."""
 
@@ -65,24 +69,36 @@ async def measure(short: bool) -> list[Figure]:
     several = (1, 2) if short else (1, 2, 4, 8)
     together = {workers: Found(workers, PARTITIONS, RATE) for workers in several}
     each = {workers: Found(workers, PARTITIONS, RATE_EACH * workers) for workers in several}
+    mixed = {workers: Found(workers, PARTITIONS, RATE, mixed=True) for workers in (several[0], several[-1])}
     spread = {
-        partitions: Found(WORKERS, partitions, RATE) for partitions in ((16, 256) if short else (16, 64, 256, 1_024))
+        partitions: Found(WORKERS, partitions, RATE, mixed=True)
+        for partitions in ((16, 256) if short else (16, 64, 256, 1_024))
     }
-    kinds = {f"workers, {RATE}/s in all": together, f"workers, {RATE_EACH}/s each": each, "partitions": spread}
+    kinds = {
+        f"workers, {RATE}/s in all": together,
+        f"workers, {RATE_EACH}/s each": each,
+        f"workers, {RATE}/s in all, many conversations a connection": mixed,
+        "partitions": spread,
+    }
     for _ in range(passes):
         for desks in kinds.values():
             for found in desks.values():
                 await cost_one(found, seconds)
     return [
         *(figure for what, desks in kinds.items() for figure in figures_of(what, desks)),
-        *(figure for what, desks in kinds.items() if desks is not each for figure in idle_figures_of(what, desks)),
+        *(
+            figure
+            for what, desks in kinds.items()
+            if desks in (together, spread)
+            for figure in idle_figures_of(what, desks)
+        ),
         Figure("failed", sum(found.failed for desks in kinds.values() for found in desks.values()), at_most=0),
     ]
 
 
 async def cost_one(found: Found, seconds: float) -> None:
     """Start a desk, let it be, load it, and note both costs."""
-    asked = turn_requests()
+    asked = turn_requests() if found.mixed else visitor_requests()
 
     async def load(desk: RedisDesk, seconds: float) -> int:
         done = await open_loop(
@@ -92,6 +108,7 @@ async def cost_one(found: Found, seconds: float) -> None:
             rate=found.rate,
             seconds=seconds,
             connections=CONNECTIONS,
+            pinned=not found.mixed,
         )
         found.failed += done.failed
         return done.answered

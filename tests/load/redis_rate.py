@@ -5,12 +5,13 @@ Redis (`appendfsync always`) and the load generator share the two cores with the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from statistics import median
 
 from tests.load.client import Load, closed_loop
 from tests.load.hosts import Server, running_host
-from tests.load.http_rate import is_answered, turn_requests
+from tests.load.http_rate import is_answered, turn_requests, visitor_requests
 from tests.load.redis_desk import Spent, cpu_of, running_redis_desk
 from tests.load.report import Figure, ratio, run_main
 from tests.load.sources import onion
@@ -18,43 +19,50 @@ from tests.load.sources import onion
 __all__ = ["measure"]
 
 CONNECTIONS = 64
-DESKS = {"one worker": 1, "two workers": 2}
+WORKERS = {"one worker": 1, "two workers": 2}
+MIXED = ", many conversations a connection"
 
 
 async def measure(short: bool) -> list[Figure]:
-    """Alternate the three in rounds and compare within each, so that a busy neighbour meets all."""
+    """Alternate all in rounds and compare within each, so that a busy neighbour meets all.
+
+    A connection is one visitor's, in one conversation; and once more as a proxy's, which are many visitors'.
+    """
     rounds, seconds = (2, 1.5) if short else (7, 6.0)
-    loads: dict[str, list[Load]] = {"SQLite": [], **{name: [] for name in DESKS}}
-    costs: dict[str, list[Spent]] = {name: [] for name in DESKS}
+    loads: dict[str, list[Load]] = {}
+    costs: dict[str, list[Spent]] = {}
     sqlite_us: list[float] = []
-    asked = turn_requests()
+    requests = {"": visitor_requests(), MIXED: turn_requests()}
     async with AsyncExitStack() as stack:
         sqlite = await stack.enter_async_context(running_host("redis-rate", onion(3)))
         desks = {
             name: await stack.enter_async_context(running_redis_desk("redis-rate", onion(3), workers=workers))
-            for name, workers in DESKS.items()
+            for name, workers in WORKERS.items()
         }
 
-        async def load_one(server: Server, seconds: float) -> Load:
+        async def load_one(server: Server, asked: Callable[[int, int], bytes], seconds: float) -> Load:
             return await closed_loop(server.port, asked, is_answered, connections=CONNECTIONS, seconds=seconds)
 
         for server in (sqlite, *(desk.hosts[0] for desk in desks.values())):
-            await load_one(server, 1.0)  # warms it up
+            await load_one(server, requests[""], 1.0)  # warms it up
         for _ in range(rounds):
             before = cpu_of(sqlite)
-            load = await load_one(sqlite, seconds)
+            load = await load_one(sqlite, requests[""], seconds)
             sqlite_us.append((cpu_of(sqlite) - before) / load.answered * 1e6)
-            loads["SQLite"].append(load)
-            for name, desk in desks.items():
-                start = await desk.spent()
-                load = await load_one(desk.hosts[0], seconds)
-                costs[name].append((await desk.spent() - start).each(load.answered))
-                loads[name].append(load)
+            loads.setdefault("SQLite", []).append(load)
+            for kind, asked in requests.items():
+                for name, desk in desks.items():
+                    start = await desk.spent()
+                    load = await load_one(desk.hosts[0], asked, seconds)
+                    costs.setdefault(name + kind, []).append((await desk.spent() - start).each(load.answered))
+                    loads.setdefault(name + kind, []).append(load)
     rates = {name: [load.rate for load in found] for name, found in loads.items()}
+    mixed = ratio(rates, f"two workers{MIXED}", f"one worker{MIXED}")
     return [
         *(Figure(f"{name}", median(found), "turns/s") for name, found in rates.items()),
         Figure("one worker beside SQLite", ratio(rates, "one worker", "SQLite") * 100, "%", at_least=50),
         Figure("two workers beside one", ratio(rates, "two workers", "one worker"), "times", at_least=1),
+        Figure(f"two workers beside one{MIXED}", mixed, "times"),
         Figure("SQLite, a turn", median(sqlite_us), "µs of CPU"),
         *(figure for name, found in costs.items() for figure in cost_figures(name, found)),
         *(

@@ -124,3 +124,34 @@ def test_percentiles_are_values_that_were_measured():
     values = [float(value) for value in range(100, 0, -1)]
     assert [percentile(values, percent) for percent in (50, 99, 100)] == [50, 99, 100]
     assert percentile([], 50) == float("inf")
+
+
+async def test_a_visitors_requests_go_over_the_visitors_own_connection():
+    """Pinned, the n-th over connection n modulo their number, also where another is free."""
+    asked: dict[int, set[int]] = {}
+    seen: list[tuple[int, int]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        port = writer.get_extra_info("peername")[1]
+        try:
+            while line := await reader.readuntil(b"\r\n\r\n"):
+                seen.append((port, int(line.split()[1][1:])))
+                writer.write(ANSWER)
+        except (OSError, EOFError):
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        load = await open_loop(
+            server.sockets[0].getsockname()[1],
+            lambda n: request_bytes("GET", f"/{n}"),
+            lambda n, status, body: True,
+            rate=500,
+            seconds=0.2,
+            connections=4,
+            pinned=True,
+        )
+    assert (load.answered, load.failed) == (100, 0)
+    for port, n in seen:
+        asked.setdefault(port, set()).add(n % 4)
+    assert sorted(map(sorted, asked.values())) == [[0], [1], [2], [3]]

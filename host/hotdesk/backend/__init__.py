@@ -199,6 +199,9 @@ class Backend(Protocol):
     def owns(self, conversation: str) -> bool:
         """Whether turns of *conversation* run here now."""
 
+    def home(self, conversation: str) -> int | None:
+        """The process on this machine that turns of *conversation* belong to; None where that is none of them."""
+
     def follow(self, conversation: str, on: bool) -> None:
         """Somebody listens to *conversation* here, from now on or no longer."""
 

@@ -84,6 +84,9 @@ class Hearing(Reading):
     def owns(self, conversation: str) -> bool:
         return self.partitions.of(conversation).mine
 
+    def home(self, conversation: str) -> int | None:
+        return self.members.home_of(self.partitions.of(conversation).number)
+
     @property
     def alone(self) -> bool:
         return len(self.members.alive) < 2

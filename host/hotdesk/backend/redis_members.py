@@ -114,6 +114,7 @@ class Members:
         """Of what `alive` was read from: while it is the same nobody has come or gone, and nothing is read again."""
 
         partitions.on_robbed = self._robbed
+        self._homes: dict[int, int | None] = {}
         self._settled = False
         self._share: list[Partition] = []
         """What should be this worker's, with those who were alive when that was last worked out."""
@@ -207,6 +208,7 @@ class Members:
                 get_log().info("worker_gone", member=gone.name, host=gone.host, pid=gone.pid)
         self.alive = alive
         if changed:
+            self._homes.clear()
             self._settled = False
         return changed
 
@@ -245,6 +247,14 @@ class Members:
         """Who of *names* should own a partition."""
         tail = f"/{number}".encode()
         return max(names, key=lambda name: (_weight(name.encode() + tail), name))
+
+    def home_of(self, number: int) -> int | None:
+        """The process on this machine that a partition should belong to; None where it should be another machine's."""
+        if number not in self._homes:
+            names = self._staying()
+            who = self.alive[self.owner_of(number, names)] if names else None
+            self._homes[number] = who.pid if who is not None and who.space == self._about.space != "" else None
+        return self._homes[number]
 
     async def _plan(self) -> None:
         """Take what is this worker's share and nobody's, hand over what is another's."""

@@ -163,6 +163,9 @@ class SqliteBackend:
     def owns(self, conversation: str) -> bool:
         return True
 
+    def home(self, conversation: str) -> int | None:
+        return os.getpid()
+
     def follow(self, conversation: str, on: bool) -> None:
         pass  # whoever could say something says it here
 

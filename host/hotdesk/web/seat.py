@@ -9,7 +9,7 @@ from typing import Literal
 
 from .access import Keys
 from .departure import Departure
-from .siblings import Siblings
+from .siblings import Siblings, entrance_of
 
 __all__ = ["Joining", "Seat"]
 
@@ -37,3 +37,8 @@ class Seat:
     departure: Departure = field(default_factory=Departure)
     on_buried: list[Callable[[str], None]] = field(default_factory=list)
     """Called with the name of a worker process that is dead: nothing of what it held is in use any more."""
+
+    @property
+    def entrance(self) -> str:
+        """Where its siblings pass connections in."""
+        return entrance_of(self.path)

@@ -15,7 +15,7 @@ import msgspec
 
 from ..errors import DoorError
 
-__all__ = ["DeskState", "Roll", "Siblings", "Told", "WorkerRow"]
+__all__ = ["DeskState", "Roll", "Siblings", "Told", "WorkerRow", "entrance_of"]
 
 ASK_S = 2.0
 """How long a sibling has for an answer that it has at hand. One that is stopped must not hold up the rest."""
@@ -69,6 +69,11 @@ class Told(msgspec.Struct, frozen=True):
             return None
 
 
+def entrance_of(path: str) -> str:
+    """Where siblings pass connections in, to the worker that answers them at the socket *path*."""
+    return path.removesuffix(".sock") + "-in.sock"
+
+
 class Siblings:
     """The other workers, from the place of one of them. *restart* asks the supervisor for a restart of all."""
 
@@ -97,6 +102,13 @@ class Siblings:
             if row.worker != self.worker and row.state != "leaving":
                 rows[row.worker] = row
         return [rows[place] for place in sorted(rows)]
+
+    def entrance_to(self, pid: int | None) -> str | None:
+        """Where connections are passed in to the sibling that is the process *pid*; None unless it serves."""
+        for row in self.state.workers:
+            if row.pid == pid and row.state == "ready" and row.name != self.name:
+                return entrance_of(row.path)
+        return None
 
     async def ask(self, method: str, path: str, *, timeout_s: float = ASK_S) -> list[Told]:
         """Ask every sibling at the same time. Never fails: who does not answer in time has the status 0."""

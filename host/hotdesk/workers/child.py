@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..web.siblings import entrance_of
 from .orders import LINE_LIMIT, Greeting, Line, Orders, decode_line, encode_line, pack_orders
 
 __all__ = ["Child"]
@@ -149,7 +150,8 @@ class Child:
                     await self._wait_gone(patient=heard_all)
             finally:
                 ours.close() if self._writer is None else self._writer.close()
-                Path(self.path).unlink(missing_ok=True)
+                for path in (self.path, entrance_of(self.path)):
+                    Path(path).unlink(missing_ok=True)
                 self.move("down")
                 self.ended.set()
 

@@ -1,0 +1,65 @@
+"""On a desk of several workers a visitor's connection is served by the worker that runs the conversation's turns."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import aiohttp
+from tests.workers.conftest import StartWorkers
+from tests.workers.desk import WHO, WorkerDesk
+
+from conftest import wait_until
+
+WHERE = WHO.replace('return f"{VERSION}: {turn.text}"', "return str(os.getpid())")
+"""A bot that answers with its process."""
+
+
+async def served_at(desk: WorkerDesk, conversation: str) -> tuple[int, int]:
+    """The process at the other end of a new connection that began with *conversation*, and that of its turn."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as http:
+        path = f"{desk.url}/v1/conversations/{conversation}/messages"
+        async with http.post(path, params={"wait": "10"}, json={"text": "where?"}) as response:
+            body = await response.json()
+            assert response.status == 200, body
+        async with http.get(f"{desk.url}/p/who/") as page:
+            return (await page.json())["pid"], int(body["replies"][0]["text"])
+
+
+async def passed(desk: WorkerDesk) -> float:
+    _, text = await desk.ask("GET", "/metrics")
+    return sum(
+        float(line.split()[1]) for line in text.splitlines() if line.startswith("hotdesk_connections_passed_total{")
+    )
+
+
+async def test_a_connection_is_served_where_its_turns_run(start_workers: StartWorkers) -> None:
+    """By every door, whichever worker the kernel gave it to; also after one of them was killed and is there again."""
+    desk = await start_workers(2, plugins={"who.py": WHERE})
+    found = [await served_at(desk, f"c{number}") for number in range(40)]
+    assert all(door == owner for door, owner in found)
+    pids = set(await desk.pids())
+    assert {owner for _, owner in found} == pids
+    assert 5 < await passed(desk) < 35
+    async with aiohttp.ClientSession() as http:
+        before = await passed(desk)
+        sockets = [await http.ws_connect(f"{desk.url}/v1/ws?conversation=c{n}") for n in range(40)]
+        assert before + 5 < await passed(desk) < before + 35
+        for ws in sockets:
+            await ws.close()
+
+    killed, left = sorted(pids)
+    os.kill(killed, signal.SIGKILL)
+    await desk.wait_whole()
+
+    async def is_shared_again() -> bool:
+        found = [await served_at(desk, f"d{number}") for number in range(20)]
+        return len({owner for _, owner in found}) == 2 and all(door == owner for door, owner in found)
+
+    await wait_until(is_shared_again, "both serve their own conversations again", timeout_s=30)
+    assert left in await desk.pids()
+    assert killed not in await desk.pids()
+    run = desk.folder / "data" / "run"
+    assert len(list(run.glob("worker-*-in.sock"))) == 2
+    await desk.stop()
+    assert list(run.iterdir()) == []
