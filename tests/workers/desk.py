@@ -194,6 +194,12 @@ class WorkerDesk:
 
         return await wait_until(over, "the restart to be over", START_S)  # type: ignore[no-any-return]
 
+    async def passed(self) -> float:
+        """How many connections the workers that there are have passed on to each other."""
+        _, text = await self.ask("GET", "/metrics")
+        lines = [line for line in text.splitlines() if line.startswith("hotdesk_connections_passed_total{")]
+        return sum(float(line.split()[1]) for line in lines)
+
     async def say(self, text: str, conversation: str, *, wait_s: int = 10) -> dict[str, Any]:
         path = f"/v1/conversations/{conversation}/messages?wait={wait_s}"
         status, body = await self.ask("POST", path, json={"text": text})

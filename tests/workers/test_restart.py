@@ -84,10 +84,12 @@ async def test_a_restart_of_all_workers_refuses_nobody_and_fails_no_request(desk
     stream = Stream(desk)
     running = asyncio.create_task(stream.run(new=4, kept=2))
     await wait_until(lambda: len(stream.pids) == 2, "both workers answer")
+    await wait_until(desk.passed, "they pass connections on to each other")
     desk.process.send_signal(signal.SIGHUP)
     await desk.wait_said("all 2 workers replaced")
     after = await desk.pids()
     await wait_until(lambda: set(after) <= stream.pids, "both new workers answer")
+    await wait_until(desk.passed, "they pass connections on")
     stream.stop()
     await running
     assert not set(before) & set(after)

@@ -26,13 +26,6 @@ async def served_at(desk: WorkerDesk, conversation: str) -> tuple[int, int]:
             return (await page.json())["pid"], int(body["replies"][0]["text"])
 
 
-async def passed(desk: WorkerDesk) -> float:
-    _, text = await desk.ask("GET", "/metrics")
-    return sum(
-        float(line.split()[1]) for line in text.splitlines() if line.startswith("hotdesk_connections_passed_total{")
-    )
-
-
 async def test_a_connection_is_served_where_its_turns_run(start_workers: StartWorkers) -> None:
     """By every door, whichever worker the kernel gave it to; also after one of them was killed and is there again."""
     desk = await start_workers(2, plugins={"who.py": WHERE})
@@ -40,11 +33,11 @@ async def test_a_connection_is_served_where_its_turns_run(start_workers: StartWo
     assert all(door == owner for door, owner in found)
     pids = set(await desk.pids())
     assert {owner for _, owner in found} == pids
-    assert 5 < await passed(desk) < 35
+    assert 5 < await desk.passed() < 35
     async with aiohttp.ClientSession() as http:
-        before = await passed(desk)
+        before = await desk.passed()
         sockets = [await http.ws_connect(f"{desk.url}/v1/ws?conversation=c{n}") for n in range(40)]
-        assert before + 5 < await passed(desk) < before + 35
+        assert before + 5 < await desk.passed() < before + 35
         for ws in sockets:
             await ws.close()
 
