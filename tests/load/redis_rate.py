@@ -5,7 +5,6 @@ Redis (`appendfsync always`) and the load generator share the two cores with the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from statistics import median
 
@@ -20,19 +19,26 @@ __all__ = ["measure"]
 
 CONNECTIONS = 64
 WORKERS = {"one worker": 1, "two workers": 2}
+MANY = 256
+CROWD = f", {MANY} visitors"
 MIXED = ", many conversations a connection"
 
 
 async def measure(short: bool) -> list[Figure]:
     """Alternate all in rounds and compare within each, so that a busy neighbour meets all.
 
-    A connection is one visitor's, in one conversation; and once more as a proxy's, which are many visitors'.
+    A connection is one visitor's, in one conversation. Once more with many of them, for the fewer each worker has the
+    smaller are its batches; and once more as a proxy's, which are many visitors'.
     """
     rounds, seconds = (2, 1.5) if short else (7, 6.0)
     loads: dict[str, list[Load]] = {}
     costs: dict[str, list[Spent]] = {}
     sqlite_us: list[float] = []
-    requests = {"": visitor_requests(), MIXED: turn_requests()}
+    requests = {
+        "": (visitor_requests(), CONNECTIONS),
+        CROWD: (visitor_requests(), MANY),
+        MIXED: (turn_requests(), CONNECTIONS),
+    }
     async with AsyncExitStack() as stack:
         sqlite = await stack.enter_async_context(running_host("redis-rate", onion(3)))
         desks = {
@@ -40,29 +46,29 @@ async def measure(short: bool) -> list[Figure]:
             for name, workers in WORKERS.items()
         }
 
-        async def load_one(server: Server, asked: Callable[[int, int], bytes], seconds: float) -> Load:
-            return await closed_loop(server.port, asked, is_answered, connections=CONNECTIONS, seconds=seconds)
+        async def load_one(server: Server, kind: str, seconds: float) -> Load:
+            asked, connections = requests[kind]
+            return await closed_loop(server.port, asked, is_answered, connections=connections, seconds=seconds)
 
         for server in (sqlite, *(desk.hosts[0] for desk in desks.values())):
-            await load_one(server, requests[""], 1.0)  # warms it up
+            await load_one(server, "", 1.0)  # warms it up
         for _ in range(rounds):
             before = cpu_of(sqlite)
-            load = await load_one(sqlite, requests[""], seconds)
+            load = await load_one(sqlite, "", seconds)
             sqlite_us.append((cpu_of(sqlite) - before) / load.answered * 1e6)
             loads.setdefault("SQLite", []).append(load)
-            for kind, asked in requests.items():
+            for kind in requests:
                 for name, desk in desks.items():
                     start = await desk.spent()
-                    load = await load_one(desk.hosts[0], asked, seconds)
+                    load = await load_one(desk.hosts[0], kind, seconds)
                     costs.setdefault(name + kind, []).append((await desk.spent() - start).each(load.answered))
                     loads.setdefault(name + kind, []).append(load)
     rates = {name: [load.rate for load in found] for name, found in loads.items()}
-    mixed = ratio(rates, f"two workers{MIXED}", f"one worker{MIXED}")
+    gains = {kind: ratio(rates, f"two workers{kind}", f"one worker{kind}") for kind in requests}
     return [
         *(Figure(f"{name}", median(found), "turns/s") for name, found in rates.items()),
         Figure("one worker beside SQLite", ratio(rates, "one worker", "SQLite") * 100, "%", at_least=50),
-        Figure("two workers beside one", ratio(rates, "two workers", "one worker"), "times", at_least=1),
-        Figure(f"two workers beside one{MIXED}", mixed, "times"),
+        *(Figure(f"two workers beside one{kind}", gain, "times", at_least=1) for kind, gain in gains.items()),
         Figure("SQLite, a turn", median(sqlite_us), "µs of CPU"),
         *(figure for name, found in costs.items() for figure in cost_figures(name, found)),
         *(
