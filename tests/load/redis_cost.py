@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 from statistics import median
 from time import monotonic
 
@@ -98,12 +99,12 @@ async def measure(short: bool) -> list[Figure]:
 
 async def cost_one(found: Found, seconds: float) -> None:
     """Start a desk, let it be, load it, and note both costs."""
-    asked = turn_requests() if found.mixed else visitor_requests()
+    asked, drawn = turn_requests() if found.mixed else visitor_requests(), Random(1)
 
     async def load(desk: RedisDesk, seconds: float) -> int:
         done = await open_loop(
             desk.hosts[0].port,
-            lambda n: asked(n % CONNECTIONS, n),
+            lambda n: asked(drawn.randrange(CONNECTIONS) if found.mixed else n % CONNECTIONS, n),
             is_answered_nth,
             rate=found.rate,
             seconds=seconds,
