@@ -58,7 +58,7 @@ from .runtime.stands import Report
 from .runtime.wasm_loader import WasmLoader
 from .web.access import Access, keep_admin_token
 from .web.admin import Admin
-from .web.application import Doors, make_application
+from .web.application import Doors, http_log, make_application
 from .web.conversations import Conversations
 from .web.dead_letters import DeadLetters
 from .web.departure import Departure
@@ -459,6 +459,7 @@ async def _serve(
     runner = web.AppRunner(
         make_application(config, doors, departure),
         access_log=None,
+        logger=http_log(),
         handle_signals=False,
         shutdown_timeout=config.stop_timeout_s,
     )

@@ -200,18 +200,21 @@ async def test_a_chunked_body_without_end_is_let_go(desk: Desk) -> None:
     assert await desk.reply() == "1: hello"
 
 
-async def test_what_is_not_http_is_refused(desk: Desk) -> None:
-    """Bytes that are no HTTP are answered 400 without a traceback, and the host serves on."""
+async def test_what_is_not_http_is_refused(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """Bytes that are no HTTP are answered 400 without a traceback, there or in the log, and the host serves on."""
     for data in (
         b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
         b"GET\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
         b"\0" * 100 + b"\r\n\r\n",
+        b"GET /v1/conversations/" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /readyz HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 20_000 + b"\r\n\r\n",
     ):
         answer = await exchange(desk.url, data)
         assert answer.status == 400
         assert b"Traceback" not in answer.body
     assert await desk.reply() == "1: hello"
+    assert [record.message for record in caplog.records if record.exc_info] == []
 
 
 TEXTS = (
