@@ -48,6 +48,7 @@ RUNS = {
     "redis_reconnect": "tests.load.redis_reconnect",
     "push": "tests.load.push",
     "hosts": "tests.chaos.hosts",
+    "hosts_workers": "tests.chaos.hosts --workers 2 --events 60",
     "hosts_sentinel": "tests.chaos.hosts --topology sentinel",
     "hosts_cluster": "tests.chaos.hosts --topology cluster",
     "once": "tests.chaos.once",
