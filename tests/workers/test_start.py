@@ -12,7 +12,7 @@ import pytest
 from tests.cli.stand_in import Hotdesk
 from tests.redis_servers import RedisServer
 from tests.workers.conftest import StartWorkers
-from tests.workers.desk import WorkerDesk
+from tests.workers.desk import WHO, WorkerDesk
 
 from hotdesk.config import Config
 from hotdesk.errors import ConfigError
@@ -80,6 +80,33 @@ async def test_a_start_that_a_worker_refuses_is_told_as_by_one_process(
     assert absent.err.count("Error: backend redis://127.0.0.1:1/0: ") == 1
     assert "Traceback" not in wrong.err + absent.err
     assert list((tmp_path / "data" / "run").iterdir()) == []
+
+
+DIES_ONCE = (
+    """
+try:
+    open("died", "x").close()
+except FileExistsError:
+    pass
+else:
+    import os
+    os._exit(7)
+"""
+    + WHO
+)
+"""Ends the first process that loads it."""
+
+
+async def test_a_worker_that_fails_at_the_start_is_started_again_where_another_serves(
+    start_workers: StartWorkers,
+) -> None:
+    """What befell one of them, as a Redis that was away for that moment, ends no desk that others serve."""
+    desk = await start_workers(2, plugins={"who.py": DIES_ONCE})
+    await desk.wait_whole()
+    [died] = desk.logged("worker_died")
+    assert (died["code"], died["message"]) == (7, "it ended with exit code 7")
+    assert sorted(row["restarts"] for row in await desk.workers()) == [0, 1]
+    assert (await desk.say("hello", "c"))["replies"][0]["text"] == "1: hello"
 
 
 def test_sockets_that_share_a_port_share_it_with_nobody_else() -> None:

@@ -106,7 +106,11 @@ class Supervisor:
     # -- life ------------------------------------------------------------------------------------------------
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
-        """Take what there is one of, then start all workers at once. Raises what the first of them that fails does."""
+        """Take what there is one of, then start all workers at once.
+
+        Raises what the first of them that fails does, when a setting is wrong or none of them serves. Where others do,
+        whoever failed is started again, as one that died later is.
+        """
         lock = FolderLock(Path(self.config.data))
         lock.acquire()
         stack.callback(lock.release)
@@ -121,24 +125,27 @@ class Supervisor:
         self._tell_state()
         waiting = [asyncio.create_task(self._first_ready(place)) for place in self._places]
         try:
-            for ready in asyncio.as_completed(waiting):
-                await ready
+            problems = [await ready for ready in asyncio.as_completed(waiting)]
         finally:
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
+        for problem in problems:
+            if problem is not None and not self.serving:
+                raise problem
         keep_admin_token(self.config, self._keys)
         self._started = True
         self._keeping = [asyncio.create_task(self._keep(place)) for place in self._places]
 
-    async def _first_ready(self, place: _Place) -> None:
+    async def _first_ready(self, place: _Place) -> HotdeskError | None:
+        """Wait until it serves; what is wrong where it does not. Raises `ConfigError` for a setting that is wrong."""
         problem = await place.current.wait_ready(self._ready_s)
         if problem is None:
-            return
+            return None
         kind, text = place.current.failed or ("", "")
         if kind == "config":
             raise _Refused(text)
-        raise HotdeskError(text) if kind else WorkerFailed(place.worker, problem)
+        return HotdeskError(text) if kind else WorkerFailed(place.worker, problem)
 
     @property
     def greeting(self) -> Greeting:
@@ -402,7 +409,7 @@ async def open_workers(
     log_events: bool = True,
     ready_s: float = READY_S,
 ) -> AsyncIterator[Supervisor]:
-    """Run `config.workers` workers while the context is open; all of them serve when it opens.
+    """Run `config.workers` workers while the context is open; when it opens one serves, and all that can.
 
     *read_config* gives the settings anew when all are replaced. *events* takes the supervisor's own events, *heard* is
     called with the workers'. Raises `ConfigError` or `HotdeskError` when they can't start. Leaving the context stops
