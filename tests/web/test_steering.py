@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -175,6 +176,31 @@ async def test_who_is_silent_for_long_is_served_where_it_is(
     assert await body_of(reader) == "a hello"
     assert a.passed == 0
     writer.close()
+
+
+async def test_what_is_passed_in_is_no_childs(start_worker: StartWorker) -> None:
+    """A program that a plugin starts must not keep a visitor's connection open, as none that came by the port."""
+    a, b = await start_worker("a"), await start_worker("b")
+    a.homes = {"theirs": b}
+    reader, writer = await a.connect()
+    writer.write(post("theirs", "hello"))
+    assert await body_of(reader) == "b hello"
+    [connection] = b.runner.server.connections  # type: ignore[union-attr]
+    assert connection.transport is not None
+    assert os.get_inheritable(connection.transport.get_extra_info("socket").fileno()) is False
+    writer.close()
+
+
+async def test_nothing_is_kept_of_siblings_that_went(start_worker: StartWorker) -> None:
+    """However often one comes and goes."""
+    a = await start_worker("a")
+    for number in range(3):
+        b = await start_worker(f"b{number}")
+        a.homes = {"theirs": b}
+        assert await a.say("theirs") == f"b{number} hello"
+        assert list(a.site._ways_out) == [b.entrance]
+        await b.leave()
+        await wait_until(lambda: not a.site._ways_out, "its way out is closed")
 
 
 async def test_a_sibling_that_is_gone_or_full_is_passed_nothing(start_worker: StartWorker, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import signal
 
 import aiohttp
+import psutil
 from tests.workers.conftest import StartWorkers
 from tests.workers.desk import WHO, WorkerDesk
 
@@ -56,3 +59,28 @@ async def test_a_connection_is_served_where_its_turns_run(start_workers: StartWo
     assert len(list(run.glob("worker-*-in.sock"))) == 2
     await desk.stop()
     assert list(run.iterdir()) == []
+
+
+async def test_a_worker_without_files_loses_no_connection(start_workers: StartWorkers) -> None:
+    """Its siblings keep what would be passed to it; what it has been passed, or given by the kernel, waits."""
+    desk = await start_workers(2, plugins={"who.py": WHERE})
+    owners = {f"c{number}": (await served_at(desk, f"c{number}"))[1] for number in range(20)}
+    full = psutil.Process(next(iter(owners.values())))
+    theirs = [conversation for conversation, owner in owners.items() if owner == full.pid]
+    before = full.rlimit(psutil.RLIMIT_NOFILE)
+    async with desk.connection(but=full.pid) as (other, _):
+        full.rlimit(psutil.RLIMIT_NOFILE, (full.num_fds() + 4, before[1]))
+        answers = await asyncio.gather(*(desk.say("hello", random.choice(theirs), wait_s=30) for _ in range(60)))
+        full.rlimit(psutil.RLIMIT_NOFILE, before)
+        async with other.get(f"{desk.url}/healthz") as response:
+            assert response.status == 200
+    assert {len(answer["replies"]) for answer in answers} == {1}
+    assert desk.logged("connection_not_taken")
+
+    async def is_passed_on_again() -> bool:
+        passed = await desk.passed()
+        for conversation in theirs * 3:
+            await served_at(desk, conversation)
+        return await desk.passed() > passed
+
+    await wait_until(is_passed_on_again, "connections are passed to it again", timeout_s=20)

@@ -10,7 +10,11 @@ cost alone: every worker serves every conversation, and whatever is unclear stay
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import os
 import socket
+import sys
 from collections.abc import Callable
 from contextvars import Context
 from pathlib import Path
@@ -30,7 +34,16 @@ HEAD_BYTES = 2048
 """So much of a request's first line is looked at."""
 
 FULL_S = 1.0
-"""How long no connection is taken after one could not be, for this process has no file left for it say."""
+"""How long nothing is taken after something could not be, for this process has no file left for it say."""
+
+LAST_S = 1.0
+"""How long a worker that leaves tries to take what was passed to it before."""
+
+FULL = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+PEEK = socket.MSG_PEEK | getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+FILE_BYTES = 4
+"""Of a passed file's number."""
 
 MESSAGES = b"/v1/conversations/"
 SOCKETS = b"/v1/ws"
@@ -59,7 +72,8 @@ class SteeredSite(web.BaseSite):
     """Takes the connections of *sock*, and those that siblings pass to *entrance*, and passes on what is a sibling's.
 
     `stop` takes no more of either. What came before is served, also what a sibling passed in at the very end: none is
-    lost between two workers. Raises `OSError` on `start` when *entrance* can't be listened at.
+    lost between two workers. Where no file is left for one, siblings keep what they have, and what they passed in
+    before waits. Raises `OSError` on `start` when *entrance* can't be listened at.
     """
 
     def __init__(
@@ -79,6 +93,7 @@ class SteeredSite(web.BaseSite):
         self._ways_in: set[socket.socket] = set()
         self._ways_out: dict[str, socket.socket] = {}
         self._taking: set[asyncio.Task[None]] = set()
+        self._resting = False
         self._stopped = False
         host, port = sock.getsockname()[:2]
         self._name = f"http://{host}:{port}"
@@ -89,8 +104,7 @@ class SteeredSite(web.BaseSite):
 
     async def start(self) -> None:
         await super().start()
-        self._inner = _bind_entrance(self._entrance)
-        self._loop.add_reader(self._inner, self._let_siblings_in)
+        self._open_entrance()
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock, self._accept)
 
@@ -102,18 +116,16 @@ class SteeredSite(web.BaseSite):
         self._sock.close()
         for connection in tuple(self._silent):
             self._keep(connection)
-        if self._inner is not None:
-            # What was let in before this is still to be had, and whoever comes later is refused: nothing in between.
-            self._inner.shutdown(socket.SHUT_RD)
-            self._let_siblings_in()
-            self._loop.remove_reader(self._inner)
-            self._inner.close()
-        for way in tuple(self._ways_in):
-            way.shutdown(socket.SHUT_RD)
-            self._take_in(way)
-        for way in self._ways_out.values():
+        # What was let in before this is still to be had, and whoever comes later is refused: nothing in between.
+        self._shut()
+        until = self._loop.time() + LAST_S
+        while self._take_all() and self._loop.time() < until:  # noqa: ASYNC110 - nobody tells when a file is free
+            await asyncio.sleep(FULL_S / 20)  # until a visitor who goes leaves a file
+        for way in (*self._ways_in, *([self._inner] if self._inner is not None else ())):
+            self._loop.remove_reader(way)
             way.close()
-        self._ways_out.clear()
+        for entrance in tuple(self._ways_out):
+            self._close_way(entrance)
         Path(self._entrance).unlink(missing_ok=True)
         while self._taking:
             await asyncio.wait(self._taking)
@@ -128,23 +140,54 @@ class SteeredSite(web.BaseSite):
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as exc:
-                self._rest(exc, self._sock, self._accept)
+                self._rest(exc)
                 return
             connection.setblocking(False)
             if not self._look(connection):
                 self._silent[connection] = self._loop.call_later(LOOK_S, self._keep, connection, context=Context())
                 self._loop.add_reader(connection, self._look, connection)
 
-    def _rest(self, exc: OSError, sock: socket.socket, accept: Callable[[], None]) -> None:
-        """Nothing can be taken of *sock*: not to be called again at once, wait a while."""
+    def _rest(self, exc: OSError) -> None:
+        """Nothing can be taken for a while: not to be called again at once, listen to nobody."""
+        if self._resting:
+            return
+        self._resting = True
+        if self._stopped:
+            return
         get_log().error("connection_not_taken", problem=exc.strerror or str(exc))
-        self._loop.remove_reader(sock)
+        for sock in (self._sock, *self._ways_in, *([self._inner] if self._inner is not None else ())):
+            self._loop.remove_reader(sock)
+        self._shut()
+        self._loop.call_later(FULL_S, self._go_on, context=Context())
 
-        def again() -> None:
-            if not self._stopped:
-                self._loop.add_reader(sock, accept)
+    def _go_on(self) -> None:
+        """Take what waits; siblings may pass in more only where there was a file for all of it."""
+        if self._stopped or self._take_all():
+            return
+        self._accept()
+        if self._resting:
+            return
+        try:
+            self._open_entrance()
+        except OSError as exc:
+            self._rest(exc)
+            return
+        self._loop.add_reader(self._sock, self._accept)
 
-        self._loop.call_later(FULL_S, again, context=Context())
+    def _shut(self) -> None:
+        """Siblings can pass nothing in any more; what they did is still there."""
+        for way in (*self._ways_in, *([self._inner] if self._inner is not None else ())):
+            with contextlib.suppress(OSError):
+                way.shutdown(socket.SHUT_RD)
+
+    def _take_all(self) -> bool:
+        """Take all that was passed in; whether something could not be."""
+        self._resting = False
+        self._let_siblings_in()
+        self._shut()  # those who were let in just now, too
+        for way in tuple(self._ways_in):
+            self._take_in(way)
+        return self._resting
 
     def _look(self, connection: socket.socket) -> bool:
         """Decide who serves *connection*; False while it has said nothing."""
@@ -199,9 +242,8 @@ class SteeredSite(web.BaseSite):
             socket.send_fds(way, [b"\0"], [connection.fileno()])
         except BlockingIOError:  # so many wait there already that it is quicker here
             return False
-        except OSError:  # it leaves, or has died
-            if (way := self._ways_out.pop(entrance, None)) is not None:
-                way.close()
+        except OSError:  # it leaves, has died, or has no file left for it
+            self._close_way(entrance)
             return False
         return True
 
@@ -214,38 +256,52 @@ class SteeredSite(web.BaseSite):
             way.close()
             raise
         self._ways_out[entrance] = way
+        self._loop.add_reader(way, self._close_way, entrance)  # nothing is said on it but that it ends
         return way
 
+    def _close_way(self, entrance: str) -> None:
+        way = self._ways_out.pop(entrance, None)
+        if way is not None:
+            self._loop.remove_reader(way)
+            way.close()
+
+    def _open_entrance(self) -> None:
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None
+        Path(self._entrance).unlink(missing_ok=True)
+        self._inner = _bind_entrance(self._entrance)
+        self._loop.add_reader(self._inner, self._let_siblings_in)
+
     def _let_siblings_in(self) -> None:
-        assert self._inner is not None
-        while True:
+        while self._inner is not None:
             try:
                 way, _ = self._inner.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as exc:
-                if not self._stopped:  # then it says so that nobody else waits
-                    self._rest(exc, self._inner, self._let_siblings_in)
+            except OSError as exc:  # nobody else waits, or nobody can be let in
+                if exc.errno in FULL:
+                    self._rest(exc)
                 return
             way.setblocking(False)
             self._ways_in.add(way)
-            self._loop.add_reader(way, self._take_in, way)
+            if not self._stopped:
+                self._loop.add_reader(way, self._take_in, way)
 
     def _take_in(self, way: socket.socket) -> None:
-        """Serve what a sibling passed."""
+        """Serve what a sibling passed. Each is looked at first: what there is no file for stays where it is."""
         while True:
             try:
-                data, files, flags, _ = socket.recv_fds(way, 1, 1)
+                data, passed, flags, _ = way.recvmsg(1, socket.CMSG_LEN(FILE_BYTES), PEEK)
+                if data and flags & socket.MSG_CTRUNC:
+                    self._rest(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+                    return
+                way.recv(1)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
-                data, files, flags = b"", [], 0
-            if flags & socket.MSG_CTRUNC:
-                get_log().error(
-                    "connection_lost", problem="this process has no file left for one that was passed to it"
-                )
-            for file in files:
-                connection = socket.socket(fileno=file)
+                data, passed = b"", []
+            for _, _, file in passed:
+                connection = socket.socket(fileno=int.from_bytes(file[:FILE_BYTES], sys.byteorder))
+                connection.set_inheritable(False)
                 connection.setblocking(False)
                 self._keep(connection)
             if not data:
