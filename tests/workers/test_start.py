@@ -8,11 +8,12 @@ import socket
 import stat
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.cli.stand_in import Hotdesk
 from tests.redis_servers import RedisServer
 from tests.workers.conftest import StartWorkers
-from tests.workers.desk import WHO, WorkerDesk
+from tests.workers.desk import WHO, WorkerDesk, starting
 
 from hotdesk.config import Config
 from hotdesk.errors import ConfigError
@@ -80,6 +81,17 @@ async def test_a_start_that_a_worker_refuses_is_told_as_by_one_process(
     assert absent.err.count("Error: backend redis://127.0.0.1:1/0: ") == 1
     assert "Traceback" not in wrong.err + absent.err
     assert list((tmp_path / "data" / "run").iterdir()) == []
+
+
+async def test_a_desk_may_have_as_many_files_open_as_its_user(redis: RedisServer, tmp_path: Path) -> None:
+    """Whatever soft limit it was started with: a visitor's connection is a file, and 1,024 are few."""
+    desk = WorkerDesk(tmp_path, redis.url, 2)
+    desk.command = ["sh", "-c", 'ulimit -S -n 256; exec "$@"', "sh", *desk.command]
+    desk.write("plugins/who.py", WHO)
+    async with starting(desk):
+        limits = [psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE) for pid in (desk.process.pid, *await desk.pids())]
+    assert len(limits) == 3
+    assert all(soft == hard > 256 for soft, hard in limits)
 
 
 DIES_ONCE = (

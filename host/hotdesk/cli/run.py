@@ -19,7 +19,7 @@ from ..config import Config, load_config
 from ..errors import ConfigError
 from ..logs import configure_logs, get_log, logs_are_for_people
 from ..runtime.events import Events
-from ..workers.loop import leave_the_deaf, loop_factory
+from ..workers.loop import leave_the_deaf, loop_factory, raise_file_limit
 from ..workers.orders import Greeting
 from ..workers.supervisor import open_workers
 from .gathered import Gathered
@@ -56,6 +56,7 @@ def run(file: str | None, as_json: bool, plugins: tuple[str, ...], **flags: Any)
     except ConfigError as exc:
         raise click.UsageError(str(exc)) from exc
     configure_logs(config.log_format, config.log_level)
+    raise_file_limit()
     several = config.workers > 1
     runner = asyncio.Runner(loop_factory=None if several else loop_factory())
     try:
