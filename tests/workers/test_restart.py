@@ -180,15 +180,24 @@ async def test_a_restart_takes_the_settings_anew_but_for_what_all_share(
 async def test_settings_that_are_wrong_end_a_restart_before_it_begins(
     desk_of_two: WorkerDesk, hotdesk: Hotdesk
 ) -> None:
-    """The old workers go on serving, and the error names the setting, the value and what would be right."""
+    """The old workers go on serving, and the error names the setting, the value and what would be right.
+
+    The list of workers tells of it until a restart succeeds.
+    """
     desk = desk_of_two
+    env = {"HOTDESK_URL": desk.url, "HOTDESK_ADMIN_TOKEN": desk.token}
     before = await desk.pids()
     desk.write("hotdesk.toml", "max_turns = 0\n")
-    ran = await hotdesk("restart", env={"HOTDESK_URL": desk.url, "HOTDESK_ADMIN_TOKEN": desk.token})
+    ran = await hotdesk("restart", env=env)
     assert ran.code == 1
     assert "the restart failed: setting 'max_turns' is 0" in ran.err
     assert await desk.pids() == before
     assert (await desk.wait_said("restart failed")).endswith("; the ones from before go on serving")
+    assert "the last restart failed: setting 'max_turns' is 0" in (await hotdesk("workers", env=env)).out
+    (desk.folder / "hotdesk.toml").unlink()
+    assert (await hotdesk("restart", env=env)).code == 0
+    assert "failed" not in (await hotdesk("workers", env=env)).out
+    assert not set(await desk.pids()) & set(before)
 
 
 async def test_a_new_worker_that_does_not_come_to_serve_replaces_nothing(redis: RedisServer, tmp_path: Path) -> None:
