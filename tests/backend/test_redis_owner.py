@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from tests.backend.conftest import (
     PARTITIONS,
@@ -28,7 +29,7 @@ from tests.redis_servers import Link, RedisServer
 
 from conftest import wait_until
 from hotdesk.backend import StoredReply, redis_members
-from hotdesk.backend.redis_members import LEASE_MS
+from hotdesk.backend.redis_members import LEASE_MS, Clock
 from hotdesk.errors import BackendUnavailable, StaleOwner
 
 PACE_S = 0.02
@@ -608,6 +609,83 @@ async def test_a_killed_worker_is_succeeded(
     assert [id for id, _ in await entries(worker, name)] == ["m1", "m2", "m3", "first", "second"]
     await share(worker, 0)
     assert owned(worker) == list(range(PARTITIONS))
+
+
+async def test_a_word_that_was_long_on_its_way_does_not_bring_back_the_dead(
+    redis: RedisServer, start_worker: StartWorker, start_process: StartProcess
+) -> None:
+    """A network comes back and delivers the renewal of who stands still by now: it counts from its sending."""
+    async with await Link.open(redis.port) as link:
+        worker = await start_worker(url_of(redis))
+        process = await start_process(url_of(redis, port=link.port))
+        await share(worker)
+        members: Any = worker.backend.members  # type: ignore[attr-defined]
+        (other,) = members.alive.keys() - {worker.backend.me}  # type: ignore[attr-defined]
+        name = await conversation_of_process(process, worker)
+        await worker.append(name, "m1")
+        await wait_until(lambda: len(process.begun) == 1, "it runs it")
+        link.stall()
+        await asyncio.sleep(0.3)  # a renewal is on its way by then: one is sent each quarter of a second
+        process.freeze()
+        frozen = await redis_ms(redis)
+        await asyncio.sleep(0.4)
+        await link.heal()
+        ends = []
+        while other in members.alive:
+            ends.append(int(await redis.command("ZSCORE", "hotdesk{ctl}:leases", other) or 0))
+            await asyncio.sleep(0.02)
+        await wait_until(lambda: worker.heard.seqs(name) == [1], "another runs it")
+        await worker.end(name, 1, reply(name, "m1"))
+        process.thaw()
+        await share(worker)
+    assert max(ends) <= frozen + LEASE_MS + 50
+
+
+async def redis_ms(server: RedisServer) -> int:
+    """What time it is there."""
+    seconds, micros = await server.command("TIME")
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+async def test_a_renewal_lasts_from_when_it_was_asked_for(redis: RedisServer, start_worker: StartWorker) -> None:
+    """What is left of it, if something is; and an older one that is overtaken takes nothing from a newer."""
+    worker = await start_worker(url_of(redis))
+    members: Any = worker.backend.members  # type: ignore[attr-defined]
+    leases = "hotdesk{ctl}:leases"
+
+    async def renew(name: str, latest: int | str) -> set[bytes]:
+        """The living, after a renewal of *name* that may last until *latest*."""
+        arguments = (members._keys, name, LEASE_MS, msgspec.json.encode(members._about), "", latest)
+        *_, living = await members._calls.script("beat", members._slot, *arguments, aside=True)
+        return set(living)
+
+    now = await redis_ms(redis)
+    assert b"late" in await renew("late", now + 400)
+    assert int(await redis.command("ZSCORE", leases, "late")) == now + 400
+    assert b"late" in await renew("late", now + 300)
+    assert int(await redis.command("ZSCORE", leases, "late")) == now + 400
+    assert b"too late" not in await renew("too late", now)
+    assert await redis.command("ZSCORE", leases, "too late") is None
+    assert b"new" in await renew("new", "")
+    assert int(await redis.command("ZSCORE", leases, "new")) >= now + LEASE_MS
+    assert b"ahead" in await renew("ahead", now + 100 * LEASE_MS)  # Redis' clock was set back meanwhile
+    assert int(await redis.command("ZSCORE", leases, "ahead")) <= await redis_ms(redis) + LEASE_MS
+
+
+def test_what_time_it_is_in_redis() -> None:
+    """Never earlier than it is, and later by no more than the quickest answer took, however slow the others were."""
+    clock = Clock()
+    assert clock.read(5.0) is None
+    clock.set(100_010, before=1.0, after=1.5)  # 10 ms to it, 490 back
+    assert clock.read(2.0) == 101_010
+    clock.set(101_400, before=2.0, after=2.5)  # 400 ms to it: says less than what is known
+    assert clock.read(3.0) == pytest.approx(102_010, abs=2)
+    clock.set(101_402, before=2.4, after=2.41)  # 2 ms
+    assert clock.read(3.0) == 102_002
+    clock.set(107_000, before=3.0, after=3.01)  # its clock was set forward
+    assert clock.read(4.0) == 108_000
+    clock.set(99_000, before=4.0, after=4.01)  # and back
+    assert clock.read(5.0) == 100_000
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class Heartbeats:
             scripts.pack(
                 "beat",
                 members_keys("hotdesk"),
-                (f"w0{number:020x}", LEASE_MS, msgspec.json.encode(about_one(number)), known),
+                (f"w0{number:020x}", LEASE_MS, msgspec.json.encode(about_one(number)), known, ""),
             )
             for number in range(workers)
         ]

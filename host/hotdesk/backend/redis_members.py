@@ -9,6 +9,7 @@ over at a quiet moment.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import time
@@ -24,12 +25,15 @@ from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
 from .redis_partitions import Calls, Partition, Partitions, swallow
 
-__all__ = ["LEASE_MS", "LOOK", "About", "Members", "members_keys"]
+__all__ = ["LEASE_MS", "LOOK", "About", "Clock", "Members", "members_keys"]
 
 LEASE_MS = 1200
 """How long a worker that says nothing counts as alive."""
 
 BEAT_S = 0.25
+
+DRIFT_MS = 1.0
+"""How far two clocks may drift apart in a second: ten times what hardware and a time server together make of it."""
 
 LOOK = b"l"
 """News to an owner: something of the partition may be in Redis that it was not told of."""
@@ -80,6 +84,28 @@ class About(msgspec.Struct, frozen=True):
         return False
 
 
+class Clock:
+    """What Redis' clock shows, by its answers; never less than that, but when it has been set forward since."""
+
+    def __init__(self) -> None:
+        self._ahead: float | None = None
+        """How much more it shows than the clock of this process, in ms."""
+
+        self._set_at = 0.0
+
+    def set(self, shown: int, before: float, after: float) -> None:
+        """It showed *shown* ms at some moment between *before* and *after*, in seconds of this process."""
+        ahead = shown - before * 1000
+        if self._ahead is not None and shown - after * 1000 <= self._ahead:
+            ahead = min(ahead, self._ahead + (before - self._set_at) * DRIFT_MS)
+        self._ahead = ahead
+        self._set_at = before
+
+    def read(self, at: float) -> int | None:
+        """What it shows at the moment *at*, in ms; None while that is not known."""
+        return None if self._ahead is None else math.ceil(at * 1000 + self._ahead)
+
+
 def _pid_space() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -124,6 +150,7 @@ class Members:
         self._taking = False
         self._swept = 0
         self._due = 0.0
+        self._clock = Clock()
         self._away_since: float | None = None
         self._wake = asyncio.Event()
         self._beaten = asyncio.Event()
@@ -188,11 +215,23 @@ class Members:
             self._away_since = None
 
     async def _beat(self) -> bool:
-        """Renew the lease; whether somebody came or went."""
+        """Renew the lease; whether somebody came or went.
+
+        It lasts from the moment in which that was asked for, whenever it arrives: a network that comes back delivers
+        what was sent while it was away, and by then its sender may be dead.
+        """
         about = msgspec.structs.replace(self._about, leaving=self._leaving)
+        sent = time.monotonic()
+        at = self._clock.read(sent)
+        latest = "" if at is None else at + LEASE_MS
         now, _, number, *rows = await self._calls.script(
-            "beat", self._slot, self._keys, self._me, LEASE_MS, _encode(about), self._number, aside=True
+            "beat", self._slot, self._keys, self._me, LEASE_MS, _encode(about), self._number, latest, aside=True
         )
+        self._clock.set(now, sent, time.monotonic())
+        if at is not None and now - at > LEASE_MS / 2:
+            self._wake.set()  # it was long on its way: half of the lease is over
+        if rows and self._me.encode() not in rows[1]:
+            return False  # all of it: who else is there is asked by the next one
         alive = await self._read(now, rows[0], set(rows[1])) if rows else dict(self.alive)
         self._number = number
         for name, who in tuple(alive.items()):

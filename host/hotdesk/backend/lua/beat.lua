@@ -1,8 +1,10 @@
 -- A worker is alive, and asks who else is, if that has changed since it asked last. Time is Redis's own.
 -- A lease does not run out while nobody could renew it: after a silence of everybody, and after the clock was set back,
--- all that have one have another term. Who has none in `leases` is dead, whatever `members` still says.
+-- all that have one have another term. Who has none in `leases` is dead, whatever `members` still says. A word that
+-- was sent long ago renews for what is left of the term since then, or not at all: who sent it may have died meanwhile.
 -- KEYS  members, leases
--- ARGV  me, milliseconds a lease lasts (0: it ends now), what is to be known of me, the number of what I know ("": nothing)
+-- ARGV  me, milliseconds a lease lasts (0: it ends now), what is to be known of me, the number of what I know ("": nothing),
+--       when a lease ends at the latest that is renewed by this ("" where I do not know what the time is here)
 -- Gives {now, until when nobody counts as dead, number}, and members and the names of the living when the number is another
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -25,8 +27,11 @@ if term > 0 then
       end
     end
   end
-  redis.call('HSET', KEYS[1], '@last', now, ARGV[1], (now + term) .. ' ' .. ARGV[3])
-  changed = changed + redis.call('ZADD', KEYS[2], now + term, ARGV[1])
+  local ends = math.max(math.min(now + term, tonumber(ARGV[5]) or now + term), grace)
+  redis.call('HSET', KEYS[1], '@last', now, ARGV[1], ends .. ' ' .. ARGV[3])
+  if ends > now then
+    changed = changed + redis.call('ZADD', KEYS[2], 'GT', ends, ARGV[1])
+  end
 else
   redis.call('HDEL', KEYS[1], ARGV[1])
   changed = redis.call('ZREM', KEYS[2], ARGV[1])
