@@ -15,6 +15,7 @@ from tests.backend.conftest import url_of
 from tests.backend.worker import Worker
 from tests.redis_servers import RedisServer, free_port
 
+from conftest import wait_until
 from hotdesk.backend.redis_url import read_redis_url
 from hotdesk.errors import BackendError, BackendUnavailable
 
@@ -124,8 +125,26 @@ async def test_other_partitions_are_refused(redis: RedisServer) -> None:
         ({"maxmemory_policy": "allkeys-lru"}, "on disk", ["maxmemory-policy is allkeys-lru.*noeviction"]),
         ({"rename_command": 'CONFIG ""'}, "of unknown durability", ["CONFIG GET append.*not allowed"] * 2),
         ({"user": "default on nopass ~* &* +@all -config"}, "of unknown", ["CONFIG GET append.*not allowed"] * 2),
+        ({"rename_command": 'BGREWRITEAOF ""'}, "accepted is on disk", ["BGREWRITEAOF is not allowed here: run it"]),
+        ({"user": "default on nopass ~* &* +@all -bgrewriteaof"}, "on disk", ["BGREWRITEAOF is not allowed here"]),
+        (
+            {"user": "default on nopass ~* &* +@all -bgrewriteaof", "appendonly": False},
+            "memory only",
+            ["appendonly is"],
+        ),
     ],
-    ids=["safe", "no file", "everysec", "never synced", "evicts", "no CONFIG", "no right to CONFIG"],
+    ids=[
+        "safe",
+        "no file",
+        "everysec",
+        "never synced",
+        "evicts",
+        "no CONFIG",
+        "no right to CONFIG",
+        "no BGREWRITEAOF",
+        "no right to BGREWRITEAOF",
+        "no right, no file",
+    ],
 )
 async def test_what_is_unsafe_is_said(settings: dict[str, str], durable: str, warned: list[str]) -> None:
     """What about a server loses accepted messages is a warning with the remedy, and so is one that does not tell."""
@@ -135,6 +154,22 @@ async def test_what_is_unsafe_is_said(settings: dict[str, str], durable: str, wa
     assert len(worker.backend.warnings) == len(warned)
     for warning, pattern in zip(sorted(worker.backend.warnings), sorted(warned), strict=True):
         assert re.search(pattern if "max" not in warning or "max" in pattern else "CONFIG GET maxmemory", warning)
+
+
+async def test_redis_is_asked_once_a_start_to_write_its_file_anew(own_redis: RedisServer) -> None:
+    """Whoever comes first does; what a crash tore in the old file is gone then, and the others need not."""
+    workers = [await Worker.open(url_of(own_redis)) for _ in range(3)]
+    await wait_until(lambda: rewrites(own_redis), "it was written anew")
+    await open_once(url_of(own_redis))
+    assert await rewrites(own_redis) == 1
+    for worker in workers:
+        await worker.aclose()
+
+
+async def rewrites(server: RedisServer) -> int:
+    """How often the server has written its append-only file anew; 0 while it does so."""
+    info = await server.info("persistence")
+    return int(info["aof_rewrites"]) if info["aof_rewrite_in_progress"] == "0" else 0
 
 
 @asynccontextmanager

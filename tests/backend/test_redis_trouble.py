@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from tests.backend.conftest import PARTITIONS, StartWorker, answers, conversation_of, key, settled, url_of
+from tests.backend.conftest import PARTITIONS, StartWorker, answers, conversation_of, die, key, settled, url_of
 from tests.backend.worker import Answering, Worker, reply
 from tests.redis_servers import Link, RedisServer
 
@@ -120,6 +120,51 @@ async def test_nothing_accepted_is_lost_when_redis_is_killed(own_redis: RedisSer
         assert set(ids) <= set(messages)
         assert [id for id in messages if id in set(ids)] == ids
         assert [entry.to for entry in entries if isinstance(entry, StoredReply)] == messages
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["a worker is there", "a worker comes"])
+async def test_what_redis_tore_in_its_file_when_it_was_killed_never_comes_to_be(
+    own_redis: RedisServer, start_worker: StartWorker, stays: bool
+) -> None:
+    """Redis serves without a transaction that it had half written, and leaves that half for its next start to run."""
+    a = await start_worker(url_of(own_redis))
+    other = await start_worker(url_of(own_redis)) if stays else None
+    if other is not None:
+        await settled(a, other)
+    name = conversation_of(a)
+    await a.append(name, "m1")
+    await a.end(name, 1, reply(name, "m1"))
+    await a.append(name, "torn")
+    await die(a)
+    await own_redis.kill()
+    tear(own_redis, b"torn")
+    await own_redis.start()
+    worker = other or await start_worker(url_of(own_redis))
+    await answers(worker)
+    await worker.append(name, "m2")
+    await wait_until(lambda: written_anew(own_redis), "Redis has written its file anew")
+    await own_redis.kill()
+    await own_redis.start()
+    await answers(worker)
+    await worker.append(name, "m3")
+    found = await worker.backend.read(name, 0, 100) or []
+    assert [(entry.id, entry.seq) for entry in found] == [("m1", 1), ("r1", 2), ("m2", 3), ("m3", 4)]
+    open_now = [(said.id, said.seq) for said, _ in await worker.backend.unfinished()]
+    assert open_now == [("m2", 3), ("m3", 4)]
+
+
+def tear(server: RedisServer, what: bytes) -> None:
+    """Leave in its append-only file what a server has written that is killed while it writes down *what*."""
+    path = max(server.folder.glob("appendonlydir/*.incr.aof"), key=lambda path: int(path.name.split(".")[2]))
+    content = path.read_bytes()
+    end = content.index(b"EXEC", content.rindex(what))
+    path.write_bytes(content[: end + 2])
+
+
+async def written_anew(server: RedisServer) -> bool:
+    """Whether Redis has made a new append-only file since it was started."""
+    info = await server.info("persistence")
+    return info["aof_last_rewrite_time_sec"] != "-1" and info["aof_rewrite_in_progress"] == "0"
 
 
 async def test_who_is_cut_off_is_succeeded_and_comes_back(own_redis: RedisServer, start_worker: StartWorker) -> None:

@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 from .namespace import Namespace, can_use_namespaces
+from .resp import Connection
 from .server import RedisServer
 
 __all__ = ["namespace", "own_redis", "redis", "shared_redis"]
@@ -34,13 +35,20 @@ async def redis(shared_redis: RedisServer) -> AsyncIterator[RedisServer]:
         await connection.pipeline([("CLIENT", "KILL", "TYPE", "normal"), ("CLIENT", "KILL", "TYPE", "pubsub")])
         for command in (("FLUSHALL",), ("SCRIPT", "FLUSH"), ("FUNCTION", "FLUSH"), ("CONFIG", "RESETSTAT")):
             await connection.command(*command)
-        settings = await connection.command("CONFIG", "GET", "*")
+        settings = await settings_of(connection)
         pid = shared_redis.pid
     yield shared_redis
     problem = "a test that stops, kills or freezes its server takes own_redis"
     assert shared_redis.running, problem
     assert shared_redis.pid == pid, problem
-    assert await shared_redis.command("CONFIG", "GET", "*") == settings, "a test that changes settings takes own_redis"
+    async with await shared_redis.open() as connection:
+        assert await settings_of(connection) == settings, "a test that changes settings takes own_redis"
+
+
+async def settings_of(connection: Connection) -> dict[str, str]:
+    """All settings by name; Redis gives them in another order while it writes its append-only file anew."""
+    flat = await connection.command("CONFIG", "GET", "*")
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from ..errors import BackendError, BackendUnavailable, MessageLost, StaleOwner
 from ..logs import get_log
 from ..metrics import Metrics
 from . import Appended, ConversationRecord, DeadLetter, Listener, StoredReply, TurnEnd
-from .redis_durability import look_at_servers
+from .redis_durability import look_at_servers, renew_files
 from .redis_hearing import Head, Hearing
 from .redis_members import About, Members
 from .redis_partitions import Calls, Fence, Partition, Partitions, read_record
@@ -53,6 +53,9 @@ BUCKET_TTL_S = 4 * BUCKET_S
 
 LOOK_S = 30.0
 """How often Redis' own settings are read again."""
+
+LOOK_AGAIN_S = 0.5
+"""And how soon where they could not be."""
 
 SIGNAL_S = 2.0
 """How long the owner of a conversation has to answer another worker."""
@@ -92,6 +95,9 @@ class RedisBackend(Hearing):
         self._tokens = 0
         self._unheard = {}
         self._closing = False
+        self._back = asyncio.Event()
+        """Redis is there again: it may be another process than before."""
+
         self._drawn = random.Random()
 
     @classmethod
@@ -99,7 +105,7 @@ class RedisBackend(Hearing):
         read = read_redis_url(url)
         backend = cls(read, metrics, name)
         try:
-            backend.durability, backend.warnings = await look_at_servers(read, backend._servers)
+            backend.durability, backend.warnings = await backend._look()
             backend._warn()
             await backend._agree()
         except BaseException:
@@ -111,17 +117,33 @@ class RedisBackend(Hearing):
         for warning in self.warnings:
             get_log().warning("backend_unsafe", backend=self.url, problem=warning)
 
+    async def _look(self) -> tuple[str, tuple[str, ...]]:
+        durability, warnings = await look_at_servers(self._url, self._servers)
+        return durability, warnings + await renew_files(self._servers)
+
     async def _keep_looking(self) -> None:
-        """What Redis promises may be changed while it runs."""
+        """What Redis promises may be changed while it runs, and what was torn in its file has to go when it is back."""
+        wait_s = LOOK_S
         while True:
-            await asyncio.sleep(LOOK_S)
             try:
-                found = await look_at_servers(self._url, self._servers)
+                async with asyncio.timeout(wait_s):
+                    await self._back.wait()
+            except TimeoutError:
+                pass
+            self._back.clear()
+            try:
+                found = await self._look()
             except BackendError:
+                wait_s = LOOK_AGAIN_S
                 continue
+            wait_s = LOOK_S
             if found != (self.durability, self.warnings):
                 self.durability, self.warnings = found
                 self._warn()
+
+    def on_open(self) -> None:
+        super().on_open()
+        self._back.set()
 
     async def _agree(self) -> None:
         """All workers must count the same partitions."""

@@ -21,7 +21,7 @@ from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainErr
 from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
 from .redis_news import News
-from .redis_servers import Hears
+from .redis_servers import Hears, Then, ask
 from .redis_url import RedisUrl
 from .redis_wire import Command, Lane, Scripts, connect, explain, own_task
 
@@ -125,13 +125,10 @@ class ManyServers:
         else:
             node.main.send(command)
 
-    async def each(self, *args: Any) -> list[Any]:
+    async def each(self, *args: Any, then: Then | None = None) -> list[Any]:
         if not self._masters:
             await self._load()
-        commands = [Command(args, self._loop.create_future(), -1, False) for _ in self._masters]
-        for address, command in zip(self._masters, commands, strict=True):
-            self._node(address).aside.send(command)
-        return await asyncio.gather(*(command.future for command in commands))
+        return await asyncio.gather(*(ask(self._node(address).aside, args, then) for address in self._masters))
 
     def _node_of(self, slot: int) -> _Node | None:
         """Whose *slot* is; for -1 any that is well."""

@@ -1,4 +1,4 @@
-"""How durable a Redis is, by its own settings."""
+"""How durable a Redis is, by its own settings; and a mend of what a crash leaves in its append-only file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..errors import BackendError, BackendUnavailable
 from .redis_servers import Servers
 from .redis_url import RedisUrl
 
-__all__ = ["look_at_servers"]
+__all__ = ["look_at_servers", "renew_files"]
 
 FLOOR = (7, 0)
 
@@ -39,6 +39,34 @@ async def look_at_servers(url: RedisUrl, servers: Servers) -> tuple[str, tuple[s
     if url.replicas:
         durability += f"; confirmed by {url.replicas} replicas"
     return durability, tuple(dict.fromkeys(warnings))
+
+
+async def renew_files(servers: Servers) -> tuple[str, ...]:
+    """Have each server that has not done so since its start write its append-only file anew; what is unsafe where not.
+
+    One that is killed while it writes a transaction down is started without it, as it should be, but leaves its first
+    commands in the file if the last of them is not whole. Whatever is written next completes them: at the start after
+    that they are carried out too, and what was kept after them may not be (in Valkey mended by its pull request 4342).
+    """
+    try:
+        await servers.each("INFO", "persistence", then=_renewal)
+    except BackendError as exc:
+        if "in progress" in str(exc):
+            return ()  # another worker's
+        if isinstance(exc, BackendUnavailable) and "permission" not in exc.reason:
+            raise
+        return (
+            "BGREWRITEAOF is not allowed here: run it yourself after every crash of Redis, or what it was writing then"
+            " may come to be at the start after the next",
+        )
+    return ()
+
+
+def _renewal(info: bytes) -> tuple[str, ...] | None:
+    now = _info(info)
+    busy = now.get("aof_rewrite_in_progress") != "0" or now.get("aof_rewrite_scheduled") != "0"
+    fresh = now.get("aof_enabled") != "1" or now.get("aof_last_rewrite_time_sec") != "-1"
+    return None if busy or fresh else ("BGREWRITEAOF",)
 
 
 def _info(text: bytes) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from redis.asyncio.connection import Connection
@@ -13,11 +14,26 @@ from .redis_sentinel import Sentinels
 from .redis_url import RedisUrl
 from .redis_wire import CONNECT_S, Command, Lane, Scripts, connect, own_task
 
-__all__ = ["Hears", "OneServer", "Servers", "open_servers"]
+__all__ = ["Hears", "OneServer", "Servers", "Then", "ask", "open_servers"]
 
 LOOK_S = 0.25
 """How often the sentinels are asked whether the master is still the one that is connected to. One that was replaced
 and does not know it yet takes writes that are lost: Redis 7.0 lets it for up to 8 s after `SENTINEL FAILOVER`."""
+
+
+Then = Callable[[Any], tuple[Any, ...] | None]
+
+
+async def ask(lane: Lane, args: tuple[Any, ...], then: Then | None = None) -> Any:
+    """One server's answer to a command without keys; or to what *then* makes of that."""
+    while True:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        lane.send(Command(args, future, -1, False))
+        answer = await future
+        following = None if then is None else then(answer)
+        if following is None:
+            return answer
+        args, then = following, None
 
 
 class Hears(Protocol):
@@ -46,8 +62,8 @@ class Servers(Protocol):
     def unsubscribe(self, channel: str) -> None: ...
     def start_news(self) -> None: ...
     async def wait_news(self) -> None: ...
-    async def each(self, *args: Any) -> list[Any]:
-        """One command to every server; their answers."""
+    async def each(self, *args: Any, then: Then | None = None) -> list[Any]:
+        """One command to every server; their answers. *then* may make of one what that server is asked instead."""
 
     def trouble(self) -> str | None:
         """Why a server can't be reached, while one can't."""
@@ -135,10 +151,8 @@ class OneServer:
     async def wait_news(self) -> None:
         await self._news.wait_open()
 
-    async def each(self, *args: Any) -> list[Any]:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._aside.send(Command(args, future, -1, False))
-        return [await future]
+    async def each(self, *args: Any, then: Then | None = None) -> list[Any]:
+        return [await ask(self._aside, args, then)]
 
     def trouble(self) -> str | None:
         return self._main.down
