@@ -137,6 +137,19 @@ async def wait_refused(cluster: Cluster, kind: str, more: int) -> None:
 # -- slots move --------------------------------------------------------------------------------------------------
 
 
+async def test_every_master_writes_its_file_anew_after_its_start(
+    cluster: Cluster, url: str, start_worker: StartWorker
+) -> None:
+    """What a crash tore in it is gone then: one is asked when the first worker comes, and when it is back."""
+    await start_worker(url)
+    nodes = await masters(cluster)
+    for node in nodes:
+        await wait_until(node.has_written_anew, "its file was written anew")
+    await nodes[0].kill()
+    await nodes[0].start()
+    await wait_until(nodes[0].has_written_anew, "so was that of the one that was killed")
+
+
 async def test_nothing_fails_or_is_overtaken_while_slots_move(cluster: Cluster, traffic: Traffic) -> None:
     """Partitions move under load: each append succeeds, in the order of asking, and each turn has one end.
 

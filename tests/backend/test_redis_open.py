@@ -159,17 +159,11 @@ async def test_what_is_unsafe_is_said(settings: dict[str, str], durable: str, wa
 async def test_redis_is_asked_once_a_start_to_write_its_file_anew(own_redis: RedisServer) -> None:
     """Whoever comes first does; what a crash tore in the old file is gone then, and the others need not."""
     workers = [await Worker.open(url_of(own_redis)) for _ in range(3)]
-    await wait_until(lambda: rewrites(own_redis), "it was written anew")
+    await wait_until(own_redis.has_written_anew, "it was written anew")
     await open_once(url_of(own_redis))
-    assert await rewrites(own_redis) == 1
+    assert (await own_redis.info("persistence"))["aof_rewrites"] == "1"
     for worker in workers:
         await worker.aclose()
-
-
-async def rewrites(server: RedisServer) -> int:
-    """How often the server has written its append-only file anew; 0 while it does so."""
-    info = await server.info("persistence")
-    return int(info["aof_rewrites"]) if info["aof_rewrite_in_progress"] == "0" else 0
 
 
 @asynccontextmanager

@@ -142,7 +142,7 @@ async def test_what_redis_tore_in_its_file_when_it_was_killed_never_comes_to_be(
     worker = other or await start_worker(url_of(own_redis))
     await answers(worker)
     await worker.append(name, "m2")
-    await wait_until(lambda: written_anew(own_redis), "Redis has written its file anew")
+    await wait_until(own_redis.has_written_anew, "Redis has written its file anew")
     await own_redis.kill()
     await own_redis.start()
     await answers(worker)
@@ -159,12 +159,6 @@ def tear(server: RedisServer, what: bytes) -> None:
     content = path.read_bytes()
     end = content.index(b"EXEC", content.rindex(what))
     path.write_bytes(content[: end + 2])
-
-
-async def written_anew(server: RedisServer) -> bool:
-    """Whether Redis has made a new append-only file since it was started."""
-    info = await server.info("persistence")
-    return info["aof_last_rewrite_time_sec"] != "-1" and info["aof_rewrite_in_progress"] == "0"
 
 
 async def test_who_is_cut_off_is_succeeded_and_comes_back(own_redis: RedisServer, start_worker: StartWorker) -> None:
