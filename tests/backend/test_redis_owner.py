@@ -30,6 +30,8 @@ from tests.redis_servers import Link, RedisServer
 from conftest import wait_until
 from hotdesk.backend import StoredReply, redis_members
 from hotdesk.backend.redis_members import LEASE_MS, Clock
+from hotdesk.backend.redis_partitions import PAGE_BYTES
+from hotdesk.backend.redis_wire import Way
 from hotdesk.errors import BackendUnavailable, StaleOwner
 
 PACE_S = 0.02
@@ -424,11 +426,11 @@ async def test_a_succession_that_stumbles_is_one_all_the_same(
     heir: Any = b.backend
     look, refused = heir.partitions._look, []
 
-    async def refuse_once(one: Any, after: int) -> Any:
+    async def refuse_once(one: Any, after: int, **options: Any) -> Any:
         if one.number == partition and not refused:
             refused.append(one)
             raise BackendUnavailable("redis://", "cut off")
-        return await look(one, after)
+        return await look(one, after, **options)
 
     monkeypatch.setattr(heir.partitions, "_look", refuse_once)
     await die(a)
@@ -509,6 +511,36 @@ async def test_a_lease_is_renewed_whatever_a_sweep_takes(redis: RedisServer, sta
             await wait_until(lambda: members._swept >= at + 256, "a quarter was looked at", timeout_s=60)
         link.delay_s = 0.0
     assert min(left) > 0
+
+
+async def test_a_lease_is_renewed_whatever_is_read(redis: RedisServer, start_worker: StartWorker) -> None:
+    """An answer that takes twice as long as a lease lasts comes on another connection."""
+    a = await start_worker(url_of(redis))
+    calls: Any = a.backend._calls  # type: ignore[attr-defined]
+    async with lease_of(a, redis) as left:
+        assert await calls.command(-1, "BLPOP", "nothing", 2 * LEASE_MS / 1000) is None
+    assert min(left) > 0
+
+
+async def test_much_that_is_open_is_taken_over_piece_by_piece(redis: RedisServer, start_worker: StartWorker) -> None:
+    """Of long messages a MiB at a time, but for the last twenty; all of them are begun, once each and in order."""
+    a = await start_worker(url_of(redis, partitions=1))
+    texts = ["x" * 60_000, "y", "z" * 200_000]
+    for n in range(150):
+        await a.append(f"c{n % 3}", f"m{n}", texts[n % 7 % 3])
+    partitions: Any = a.backend.partitions  # type: ignore[attr-defined]
+    after, more, lengths = 0, True, []
+    while more:
+        _, _, _, page, more, _, _ = await partitions._look(partitions.all[0], after)
+        lengths.append(sum(len(fields[9]) for _, fields in page))
+        after = int(page[-1][0].partition(b"-")[0])
+    assert max(lengths) < PAGE_BYTES + 20 * 200_000
+    assert min(lengths[:-1]) >= PAGE_BYTES
+    b = await start_worker(url_of(redis, partitions=1))
+    await die(a)
+    await wait_until(lambda: len(b.heard.begun) == 150, "all that was open is begun")
+    for name in ("c0", "c1", "c2"):
+        assert b.heard.seqs(name) == list(range(1, 51))
 
 
 async def test_a_lease_is_renewed_whatever_a_succession_takes(redis: RedisServer, start_worker: StartWorker) -> None:
@@ -656,7 +688,7 @@ async def test_a_renewal_lasts_from_when_it_was_asked_for(redis: RedisServer, st
     async def renew(name: str, latest: int | str) -> set[bytes]:
         """The living, after a renewal of *name* that may last until *latest*."""
         arguments = (members._keys, name, LEASE_MS, msgspec.json.encode(members._about), "", latest)
-        *_, living = await members._calls.script("beat", members._slot, *arguments, aside=True)
+        *_, living = await members._calls.script("beat", members._slot, *arguments, way=Way.LEASE)
         return set(living)
 
     now = await redis_ms(redis)

@@ -40,7 +40,7 @@ from .redis_partitions import Calls, Fence, Partition, Partitions, read_record
 from .redis_servers import Servers, open_servers
 from .redis_shelf import RedisShelf
 from .redis_url import RedisUrl, read_redis_url
-from .redis_wire import Scripts
+from .redis_wire import Scripts, Way
 
 __all__ = ["RedisBackend"]
 
@@ -149,8 +149,8 @@ class RedisBackend(Hearing):
         """All workers must count the same partitions."""
         key = f"{self._prefix}{{ctl}}:meta"
         slot = key_slot(key.encode())
-        await self._calls.command(slot, "HSETNX", key, "partitions", self._url.partitions, aside=False)
-        kept = int(await self._calls.command(slot, "HGET", key, "partitions", aside=False))
+        await self._calls.command(slot, "HSETNX", key, "partitions", self._url.partitions, way=Way.TURNS)
+        kept = int(await self._calls.command(slot, "HGET", key, "partitions", way=Way.TURNS))
         if kept != self._url.partitions:
             raise BackendError(
                 f"backend {self.url}: this journal has {kept} partitions; write ?partitions={kept} (they can't be"
@@ -490,7 +490,7 @@ class RedisBackend(Hearing):
         turn: Fence = fence
         turn.tries += 1
         return self._calls.command(
-            turn.partition.slot, "HINCRBY", turn.partition.keys["tries"], str(turn.n), 1, aside=False
+            turn.partition.slot, "HINCRBY", turn.partition.keys["tries"], str(turn.n), 1, way=Way.TURNS
         )
 
     async def requeue(self, conversation: str, seq: int) -> bool:
@@ -541,7 +541,7 @@ class RedisBackend(Hearing):
             partition.keys["dlv"], partition.keys["dead"],
         )  # fmt: skip
         gone: int = await self._calls.script(
-            "purge", partition.slot, keys, self.me, partition.epoch or "0", name, before, aside=True
+            "purge", partition.slot, keys, self.me, partition.epoch or "0", name, before, way=Way.ASIDE
         )
         if gone == 1:
             partition.records.pop(name, None)

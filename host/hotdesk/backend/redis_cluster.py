@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from redis.crc import key_slot
@@ -23,7 +24,7 @@ from ..logs import get_log
 from .redis_news import News
 from .redis_servers import Hears, Then, ask
 from .redis_url import RedisUrl
-from .redis_wire import Command, Lane, Scripts, connect, explain, own_task
+from .redis_wire import Command, Lane, Scripts, Way, connect, explain, own_task
 
 __all__ = ["ManyServers"]
 
@@ -57,21 +58,22 @@ RESYNC_S = 0.1
 """Channels of many slots that move one after the other are one reason to read again what was missed."""
 
 Address = tuple[str, int]
+Refused = tuple[Command, Exception]
 
 
 class _Node:
     """The connections to one server; each is made when it is needed."""
 
-    def __init__(self, address: Address, main: Lane, aside: Lane, news: News) -> None:
+    def __init__(self, address: Address, lanes: dict[Way, Lane], news: News) -> None:
         self.address = address
-        self.main = main
-        self.aside = aside
+        self.lanes = lanes
+        self.main = lanes[Way.TURNS]
+        self.aside = lanes[Way.ASIDE]
         self.news = news
 
     @property
     def unwell(self) -> bool:
-        lanes = (self.main, self.aside)
-        return any(lane.down is not None or lane.waiting_s > SLOW_S for lane in lanes)
+        return any(lane.down is not None or lane.waiting_s > SLOW_S for lane in self.lanes.values())
 
 
 class ManyServers:
@@ -108,15 +110,15 @@ class ManyServers:
 
     # -- commands --------------------------------------------------------------------------------------------
 
-    def send(self, command: Command, *, aside: bool = False) -> None:
+    def send(self, command: Command, way: Way = Way.TURNS) -> None:
         if self._closed:
             self._fail(command, BackendUnavailable(self._url.text, "the host is stopping"))
-        elif aside:
+        elif way is not Way.TURNS:
             node = self._node_of(command.slot)
             if node is None:
-                self._spawn(self._carry(command, aside=True))
+                self._spawn(self._carry(command, way))
             else:
-                node.aside.send(command)
+                node.lanes[way].send(command)
         elif (held := self._held.get(command.slot)) is not None:
             held.append(command)
             command.until = command.until or time.monotonic() + HOLD_S
@@ -146,21 +148,21 @@ class ManyServers:
 
     def _make_node(self, address: Address) -> _Node:
         name = f"{self._url.text} (server {address[0]}:{address[1]})"
-        main = Lane(
-            lambda: connect(self._url, *address, scripts=self._scripts),
-            name=name,
-            scripts=self._scripts,
-            replicas=self._url.replicas,
-            on_batch=self._hears.on_batch,
-            misplaced=lambda refused: self._main_refused(node, refused),
-            together=True,
-        )
-        aside = Lane(
-            lambda: connect(self._url, *address, scripts=self._scripts),
-            name=name,
-            scripts=self._scripts,
-            misplaced=lambda refused: self._aside_refused(node, refused),
-        )
+
+        def lane(misplaced: Callable[[list[Refused]], None], **options: Any) -> Lane:
+            opening = partial(connect, self._url, *address, scripts=self._scripts)
+            return Lane(opening, name=name, scripts=self._scripts, misplaced=misplaced, **options)
+
+        lanes = {
+            Way.TURNS: lane(
+                lambda refused: self._main_refused(node, refused),
+                replicas=self._url.replicas,
+                on_batch=self._hears.on_batch,
+                together=True,
+            ),
+            Way.ASIDE: lane(lambda refused: self._others_refused(node, Way.ASIDE, refused)),
+            Way.LEASE: lane(lambda refused: self._others_refused(node, Way.LEASE, refused)),
+        }
         news = News(
             lambda: connect(self._url, *address, scripts=None),
             hear=self._hears.on_news,
@@ -170,12 +172,12 @@ class ManyServers:
             slot_of=_slot_of,
             moved=lambda channel: self._channel_moved(node, channel),
         )
-        node = _Node(address, main, aside, news)  # the lambdas above mean this one
+        node: _Node = _Node(address, lanes, news)  # the lambdas above mean this one
         return node
 
     # -- commands of slots that change hands -----------------------------------------------------------------
 
-    def _main_refused(self, node: _Node, refused: list[tuple[Command, Exception]]) -> None:
+    def _main_refused(self, node: _Node, refused: list[Refused]) -> None:
         groups: dict[int, list[Command]] = {}
         for command, exc in refused:
             if not self._is_lost(node, command, exc):
@@ -184,10 +186,10 @@ class ManyServers:
             waiting = node.main.take(lambda command, slot=slot: command.slot == slot)  # type: ignore[misc]
             self._hold(slot, commands + waiting)
 
-    def _aside_refused(self, node: _Node, refused: list[tuple[Command, Exception]]) -> None:
+    def _others_refused(self, node: _Node, way: Way, refused: list[Refused]) -> None:
         for command, exc in refused:
             if not self._is_lost(node, command, exc):
-                self._spawn(self._carry(command, aside=True))
+                self._spawn(self._carry(command, way))
 
     def _is_lost(self, node: _Node, command: Command, exc: Exception) -> bool:
         """Look at a refusal; True when there is nobody to turn to, and the command has failed."""
@@ -220,8 +222,9 @@ class ManyServers:
         for command in node.main.flying:
             if is_misled(command):
                 self._hold(command.slot, [])
-        for command in node.aside.take(is_misled):
-            self._spawn(self._carry(command, aside=True))
+        for way in (Way.ASIDE, Way.LEASE):
+            for command in node.lanes[way].take(is_misled):
+                self._spawn(self._carry(command, way))
 
     def _hold(self, slot: int, first: list[Command], last: list[Command] | None = None) -> None:
         """Hold *first* before, *last* behind what is held of *slot*, and all that comes."""
@@ -240,7 +243,7 @@ class ManyServers:
             while (busy := self._who_has(slot)) is not None:
                 await busy.main.wait_landed(ASK_S)
             while held:
-                settled = await self._carry(held[0], aside=False)
+                settled = await self._carry(held[0], Way.TURNS)
                 del held[0]
                 if settled:
                     break
@@ -254,7 +257,7 @@ class ManyServers:
         nodes = (*self._nodes.values(), *self._leaving)
         return next((node for node in nodes if any(command.slot == slot for command in node.main.flying)), None)
 
-    async def _carry(self, command: Command, *, aside: bool) -> bool:
+    async def _carry(self, command: Command, way: Way) -> bool:
         """Carry *command* to whoever takes it, until its time is up; True when its slot's own server did, or failed."""
         command.until = command.until or time.monotonic() + HOLD_S
         asked: Address | None = None
@@ -265,7 +268,7 @@ class ManyServers:
                 return False
             try:
                 node = self._node(asked) if asked is not None else await self._wait_node(command.slot)
-                result = await self._try(node, command, aside=aside, asking=asked is not None)
+                result = await self._try(node, command, way, asking=asked is not None)
             except (AskError, TryAgainError) as exc:
                 if isinstance(exc, MovedError):
                     self._learn(node, exc)
@@ -295,11 +298,11 @@ class ManyServers:
             if detours > 1:
                 await asyncio.sleep(RETRY_S)
 
-    async def _try(self, node: _Node, command: Command, *, aside: bool, asking: bool) -> Any:
+    async def _try(self, node: _Node, command: Command, way: Way, *, asking: bool) -> Any:
         attempt = Command(command.args, self._loop.create_future(), command.slot, command.writes)
         attempt.alone = True
         attempt.asking = asking
-        (node.aside if aside else node.main).send(attempt)
+        node.lanes[way].send(attempt)
         return await attempt.future
 
     async def _wait_node(self, slot: int) -> _Node:
@@ -343,7 +346,7 @@ class ManyServers:
                 woken = False
             self._wake.clear()
             for node in [self._node(address) for address in self._masters]:
-                for lane in (node.main, node.aside):
+                for lane in node.lanes.values():
                     if lane.down is not None:
                         ping = Command(("PING",), self._loop.create_future(), -1, False)
                         ping.future.add_done_callback(asyncio.Future.exception)  # the lane itself notes it
@@ -442,7 +445,7 @@ class ManyServers:
     async def _retire(self, node: _Node) -> None:
         reason = "the server has been replaced"
         await asyncio.gather(
-            node.main.aclose(reason, wait_s=RETIRE_S), node.aside.aclose(reason, wait_s=RETIRE_S), node.news.aclose()
+            *(lane.aclose(reason, wait_s=RETIRE_S) for lane in node.lanes.values()), node.news.aclose()
         )
         self._leaving.discard(node)
 
@@ -535,7 +538,8 @@ class ManyServers:
                 await asyncio.wait([task])
         nodes = tuple(self._nodes.values())
         await asyncio.gather(*(node.main.aclose() for node in nodes))
-        await asyncio.gather(*(one.aclose() for node in nodes for one in (node.news, node.aside)))
+        others = (lane for node in nodes for lane in node.lanes.values() if lane is not node.main)
+        await asyncio.gather(*(lane.aclose() for lane in others), *(node.news.aclose() for node in nodes))
         while self._tasks:  # the lanes refuse by now, so whatever is carried or held ends at its next try
             await asyncio.wait(self._tasks)
 

@@ -24,6 +24,7 @@ from redis.crc import key_slot
 from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
 from .redis_partitions import Calls, Partition, Partitions, swallow
+from .redis_wire import Way
 
 __all__ = ["LEASE_MS", "LOOK", "About", "Clock", "Members", "members_keys"]
 
@@ -225,7 +226,7 @@ class Members:
         at = self._clock.read(sent)
         latest = "" if at is None else at + LEASE_MS
         now, _, number, *rows = await self._calls.script(
-            "beat", self._slot, self._keys, self._me, LEASE_MS, _encode(about), self._number, latest, aside=True
+            "beat", self._slot, self._keys, self._me, LEASE_MS, _encode(about), self._number, latest, way=Way.LEASE
         )
         self._clock.set(now, sent, time.monotonic())
         if at is not None and now - at > LEASE_MS / 2:
@@ -269,7 +270,7 @@ class Members:
 
     async def bury(self, name: str) -> None:
         """A worker is known to be dead: its lease ends now."""
-        await self._calls.script("beat", self._slot, self._keys, name, 0, "", self._number, aside=True)
+        await self._calls.script("beat", self._slot, self._keys, name, 0, "", self._number, way=Way.LEASE)
 
     def _robbed(self) -> None:
         """What this worker has is not what it thought: look at once who is alive, and who should have what."""
@@ -496,7 +497,7 @@ class Members:
         for task in self._tasks:
             task.cancel()
         try:
-            await self._calls.script("beat", self._slot, self._keys, self._me, 0, "", self._number, aside=True)
+            await self._calls.script("beat", self._slot, self._keys, self._me, 0, "", self._number, way=Way.LEASE)
         except BackendError:
             pass  # the lease runs out by itself
 

@@ -25,12 +25,15 @@ from ..errors import BackendError, BackendUnavailable
 from ..logs import get_log
 from . import SUSPECT_TRIES, ConversationRecord, Entry, Listener, StoredReply
 from .redis_servers import Servers
-from .redis_wire import Command, Scripts, own_task
+from .redis_wire import Command, Scripts, Way, own_task
 
 __all__ = ["Calls", "Fence", "Partition", "Partitions", "decode_entry", "read_record"]
 
 PAGE = 500
-"""Open messages that are looked at in one go."""
+"""Open messages that are looked at in one go, at the most."""
+
+PAGE_BYTES = 1 << 20
+"""And how long their texts are together, but for the last twenty: an answer holds up Redis and this worker's loop."""
 
 UNTOLD_S = 30
 """How old an entry may be whose news its worker took to the grave, with the clocks of hosts apart."""
@@ -69,15 +72,15 @@ class Calls:
         self._loop = asyncio.get_running_loop()
 
     def script(
-        self, name: str, slot: int, keys: tuple[str | bytes, ...], *args: Any, aside: bool = False
+        self, name: str, slot: int, keys: tuple[str | bytes, ...], *args: Any, way: Way = Way.TURNS
     ) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._servers.send(Command(self._scripts.pack(name, keys, args), future, slot, not aside), aside=aside)
+        self._servers.send(Command(self._scripts.pack(name, keys, args), future, slot, way is Way.TURNS), way)
         return future
 
-    def command(self, slot: int, *args: Any, aside: bool = True) -> asyncio.Future[Any]:
+    def command(self, slot: int, *args: Any, way: Way = Way.ASIDE) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._servers.send(Command(args, future, slot, not aside), aside=aside)
+        self._servers.send(Command(args, future, slot, way is Way.TURNS), way)
         return future
 
     def tell(self, partition: Partition, channel: str, news: bytes) -> asyncio.Future[Any]:
@@ -354,7 +357,7 @@ class Partitions:
         try:
             after, highest = 0, 0
             while True:
-                owner, has, last, page, waiting, tried = await self._look(partition, after)
+                owner, has, last, page, more, waiting, tried = await self._look(partition, after, undelivered=not after)
                 if (owner, has) != (self._me, epoch):
                     self._release_held(partition)
                     return 0
@@ -362,7 +365,7 @@ class Partitions:
                 entries += page
                 if not after:
                     undelivered, tries = waiting, dict(zip(tried[::2], tried[1::2], strict=True))
-                if len(page) < PAGE:
+                if not more:
                     break
                 after = int(page[-1][0].partition(b"-")[0])
             records = await self._read_records(
@@ -372,7 +375,7 @@ class Partitions:
             records |= await self._read_records(
                 partition, {reply.conversation for reply in replies if reply.conversation not in records}
             )
-        except BackendError:
+        except BaseException:
             partition.loading = False
             self._release_held(partition)
             raise
@@ -411,7 +414,7 @@ class Partitions:
             heads.add(message.conversation)
         if is_head and tried < SUSPECT_TRIES:  # more often than that, each try is counted as it begins
             tried, tracked = tried + 1, True
-            counting = self._calls.command(partition.slot, "HINCRBY", partition.keys["tries"], str(n), 1, aside=False)
+            counting = self._calls.command(partition.slot, "HINCRBY", partition.keys["tries"], str(n), 1, way=Way.TURNS)
             counting.add_done_callback(swallow)
 
         def begin(now: bool) -> None:
@@ -424,13 +427,14 @@ class Partitions:
         return begin
 
     async def _look(
-        self, partition: Partition, after: int
-    ) -> tuple[str, str, int, list[Any], list[bytes], list[bytes]]:
+        self, partition: Partition, after: int, *, undelivered: bool = False
+    ) -> tuple[str, str, int, list[Any], bool, list[bytes], list[bytes]]:
         keys = partition.keys
-        owner, epoch, last, page, undelivered, tries = await self._calls.script(
-            "look", partition.slot, (partition.own, keys["in"], keys["dlv"], keys["tries"]), after, PAGE, aside=True
-        )
-        return owner.decode(), epoch.decode(), int(last), page, undelivered, tries
+        owner, epoch, last, page, more, waiting, tries = await self._calls.script(
+            "look", partition.slot, (partition.own, keys["in"], keys["dlv"], keys["tries"]),
+            after, PAGE, PAGE_BYTES, int(undelivered), way=Way.ASIDE,
+        )  # fmt: skip
+        return owner.decode(), epoch.decode(), int(last), page, bool(more), waiting, tries
 
     async def _read_records(self, partition: Partition, names: Iterable[str]) -> dict[str, ConversationRecord]:
         asked = {
@@ -454,7 +458,7 @@ class Partitions:
             after = 0
             while True:
                 begun = partition.next - 1
-                owner, has, last, page, _, tried = await self._look(partition, after)
+                owner, has, last, page, more, _, tried = await self._look(partition, after)
                 if partition.epoch != epoch:
                     return
                 if (owner, has) != (self._me, epoch):
@@ -463,7 +467,7 @@ class Partitions:
                 if last < begun:
                     get_log().error("partition_went_back", partition=partition.number, to=last, was=begun)
                     partition.next = last + 1
-                if len(page) < PAGE:
+                if not more:
                     self._catch_up(partition, page, tried, last, done)
                     return
                 after = int(page[-1][0].partition(b"-")[0])

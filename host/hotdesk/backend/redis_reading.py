@@ -13,6 +13,7 @@ from hotdesk_sdk import Message
 from ..errors import BackendUnavailable, MessageLost
 from . import ConversationRecord, DeadLetter, Entry, Outcome, StoredReply
 from .redis_partitions import FIELDS, Calls, Partitions, decode_entry, read_record
+from .redis_wire import Way
 
 __all__ = ["Reading"]
 
@@ -41,7 +42,9 @@ class Reading:
         entries: list[Entry] = []
         while True:
             wanted = min(limit - len(entries), MANY)
-            length, rows = await self._calls.script("read", partition.slot, keys, after, wanted, PAGE_BYTES, aside=True)
+            length, rows = await self._calls.script(
+                "read", partition.slot, keys, after, wanted, PAGE_BYTES, way=Way.ASIDE
+            )
             entries += self._entries(rows, after + 1)
             after += len(rows)
             if not rows or len(entries) >= limit or after >= length:
@@ -65,7 +68,9 @@ class Reading:
         entries: list[Entry] = []
         while True:
             wanted = limit - len(entries)
-            first, rows = await self._calls.script("tail", partition.slot, keys, before, wanted, PAGE_BYTES, aside=True)
+            first, rows = await self._calls.script(
+                "tail", partition.slot, keys, before, wanted, PAGE_BYTES, way=Way.ASIDE
+            )
             entries[:0] = self._entries(rows[::-1], first)
             before = first
             if not rows or len(entries) >= limit or before <= 1:
@@ -76,7 +81,7 @@ class Reading:
         is_open = self._calls.command(partition.slot, "HEXISTS", partition.conversation_key(conversation), f"o{seq}")
         keys = (partition.journal_key(conversation),)  # in the same batch: of the same server, at the same moment
         length, rows = await self._calls.script(
-            "read", partition.slot, keys, seq - 1, OUTCOME_PAGE, PAGE_BYTES, aside=True
+            "read", partition.slot, keys, seq - 1, OUTCOME_PAGE, PAGE_BYTES, way=Way.ASIDE
         )
         if await is_open:
             return Outcome(False, ())
@@ -128,7 +133,7 @@ class Reading:
 
     async def ping(self) -> None:
         key = f"{self._prefix}{{ctl}}:meta"
-        await self._calls.command(key_slot(key.encode()), "HSET", key, "ping", time.time_ns(), aside=False)
+        await self._calls.command(key_slot(key.encode()), "HSET", key, "ping", time.time_ns(), way=Way.TURNS)
 
     # -- plugins' keys ---------------------------------------------------------------------------------------
 
@@ -144,9 +149,9 @@ class Reading:
     async def kv_set(self, plugin: str, key: str, value: bytes | None) -> None:
         name, slot = self._kv(plugin)
         if value is None:
-            await self._calls.command(slot, "HDEL", name, key, aside=False)
+            await self._calls.command(slot, "HDEL", name, key, way=Way.TURNS)
         else:
-            await self._calls.command(slot, "HSET", name, key, value, aside=False)
+            await self._calls.command(slot, "HSET", name, key, value, way=Way.TURNS)
 
     async def kv_keys(self, plugin: str, prefix: str) -> list[str]:
         name, slot = self._kv(plugin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from redis.asyncio.connection import Connection
@@ -12,7 +13,7 @@ from redis.exceptions import ReadOnlyError, RedisError
 from .redis_news import News
 from .redis_sentinel import Sentinels
 from .redis_url import RedisUrl
-from .redis_wire import CONNECT_S, Command, Lane, Scripts, connect, own_task
+from .redis_wire import CONNECT_S, Command, Lane, Scripts, Way, connect, own_task
 
 __all__ = ["Hears", "OneServer", "Servers", "Then", "ask", "open_servers"]
 
@@ -55,8 +56,7 @@ class Hears(Protocol):
 class Servers(Protocol):
     """Where commands and channels go, by the slot of their keys."""
 
-    def send(self, command: Command, *, aside: bool = False) -> None:
-        """*aside*: on a connection of its own, so that a long answer keeps no turn waiting."""
+    def send(self, command: Command, way: Way = Way.TURNS) -> None: ...
 
     def subscribe(self, channel: str) -> None: ...
     def unsubscribe(self, channel: str) -> None: ...
@@ -82,8 +82,12 @@ class OneServer:
         """Who that is, by the sentinels' last word."""
 
         self._looking: asyncio.Task[None] | None = None
-        self._main = Lane(self._connect, name=url.text, scripts=scripts, replicas=url.replicas, on_batch=hears.on_batch)
-        self._aside = Lane(self._connect, name=url.text, scripts=scripts)
+        lane = partial(Lane, self._connect, name=url.text, scripts=scripts)
+        self._lanes = {
+            Way.TURNS: lane(replicas=url.replicas, on_batch=hears.on_batch),
+            Way.ASIDE: lane(),
+            Way.LEASE: lane(),
+        }
         self._news = News(
             lambda: self._connect(scripts=False),
             hear=hears.on_news,
@@ -111,9 +115,10 @@ class OneServer:
         """*master* is the one now: let go of another, which may not know it yet, or stand still."""
         if master != self._master:
             self._master = master
-            await self._main.drop()
+            await self._lanes[Way.TURNS].drop()
             await self._news.drop()
-            await self._aside.drop()
+            await self._lanes[Way.LEASE].drop()
+            await self._lanes[Way.ASIDE].drop()
 
     async def _refuse_replica(self, connection: Connection) -> None:
         """Sentinel may name a master that is one no longer, or not yet."""
@@ -136,8 +141,8 @@ class OneServer:
             except RedisError:
                 pass  # whoever serves is not left for nobody
 
-    def send(self, command: Command, *, aside: bool = False) -> None:
-        (self._aside if aside else self._main).send(command)
+    def send(self, command: Command, way: Way = Way.TURNS) -> None:
+        self._lanes[way].send(command)
 
     def subscribe(self, channel: str) -> None:
         self._news.subscribe(channel)
@@ -152,18 +157,19 @@ class OneServer:
         await self._news.wait_open()
 
     async def each(self, *args: Any, then: Then | None = None) -> list[Any]:
-        return [await ask(self._aside, args, then)]
+        return [await ask(self._lanes[Way.ASIDE], args, then)]
 
     def trouble(self) -> str | None:
-        return self._main.down
+        return self._lanes[Way.TURNS].down
 
     async def aclose(self) -> None:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait([self._looking])
-        await self._main.aclose()
+        await self._lanes[Way.TURNS].aclose()
         await self._news.aclose()
-        await self._aside.aclose()
+        await self._lanes[Way.LEASE].aclose()
+        await self._lanes[Way.ASIDE].aclose()
         if self._sentinels is not None:
             await self._sentinels.aclose()
 

@@ -24,7 +24,7 @@ from .redis_members import members_keys
 from .redis_partitions import Calls
 from .redis_servers import Servers, open_servers
 from .redis_url import read_redis_url
-from .redis_wire import Scripts
+from .redis_wire import Scripts, Way
 
 __all__ = ["RedisShelf"]
 
@@ -64,8 +64,8 @@ class RedisShelf:
         """Close what `open` opened."""
         await self._servers.aclose()
 
-    def _script(self, name: str, keys: tuple[str, ...], *args: Any, aside: bool = True) -> asyncio.Future[Any]:
-        return self._calls.script(name, self._slot, tuple(self._base + key for key in keys), *args, aside=aside)
+    def _script(self, name: str, keys: tuple[str, ...], *args: Any, way: Way = Way.ASIDE) -> asyncio.Future[Any]:
+        return self._calls.script(name, self._slot, tuple(self._base + key for key in keys), *args, way=way)
 
     # -- plugins ---------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class RedisShelf:
             await self._calls.command(self._slot, "HSET", f"{self._base}b:{name}", f"{hash}:{number}", part)
         published = await self._script(
             "shelf_publish", ("plugins", f"b:{name}"), self.channel, name, over, record, hash, _parts(len(data)), *keep,
-            aside=False,
+            way=Way.TURNS,
         )  # fmt: skip
         return bool(published == 1)
 
@@ -135,7 +135,7 @@ class RedisShelf:
 
     async def _alive(self) -> set[str]:
         """The workers whose lease has not run out, as a beat of nobody tells."""
-        *_, living = await self._calls.script("beat", self._members_slot, self._members, "", 0, "", "", aside=True)
+        *_, living = await self._calls.script("beat", self._members_slot, self._members, "", 0, "", "", way=Way.ASIDE)
         return {_text(name) for name in living}
 
 

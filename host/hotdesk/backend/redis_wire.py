@@ -14,6 +14,7 @@ import contextvars
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from redis.exceptions import (
 from ..errors import BackendError, BackendUnavailable
 from .redis_url import RedisUrl
 
-__all__ = ["CONNECT_S", "MISPLACED", "Command", "Lane", "Scripts", "connect", "explain", "own_task"]
+__all__ = ["CONNECT_S", "MISPLACED", "Command", "Lane", "Scripts", "Way", "connect", "explain", "own_task"]
 
 LOADS = 3
 """How often scripts are loaded for one command before it fails."""
@@ -67,6 +68,19 @@ MISPLACED = (MovedError, AskError, TryAgainError, ClusterDownError)
 def own_task(coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     """A task of the backend's, on nobody's account even when a plugin's call led to it."""
     return asyncio.get_running_loop().create_task(coro, context=contextvars.Context())
+
+
+class Way(Enum):
+    """Which of the connections to a server a command takes. Each keeps its order, and waits for none of the others."""
+
+    TURNS = "turns"
+    """What turns wait for."""
+
+    ASIDE = "aside"
+    """What is only read, and may be long."""
+
+    LEASE = "lease"
+    """That this worker is alive, whatever else is under way."""
 
 
 class Scripts:
