@@ -58,7 +58,8 @@ from .runtime.stands import Report
 from .runtime.wasm_loader import WasmLoader
 from .web.access import Access, keep_admin_token
 from .web.admin import Admin
-from .web.application import Doors, http_log, make_application
+from .web.application import Doors, make_application
+from .web.connections import Site
 from .web.conversations import Conversations
 from .web.dead_letters import DeadLetters
 from .web.departure import Departure
@@ -353,7 +354,7 @@ async def open_host(
 
             def open_site(runner: web.AppRunner, sock: socket.socket) -> web.BaseSite:
                 if seat is None:
-                    return web.SockSite(runner, sock, backlog=BACKLOG)
+                    return Site(runner, sock, backlog=BACKLOG)
                 return SteeredSite(
                     runner,
                     sock,
@@ -458,8 +459,6 @@ async def _serve(
     tell everyone connected to come back."""
     runner = web.AppRunner(
         make_application(config, doors, departure),
-        access_log=None,
-        logger=http_log(),
         handle_signals=False,
         shutdown_timeout=config.stop_timeout_s,
     )

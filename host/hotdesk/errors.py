@@ -154,6 +154,7 @@ class ImageUnusable(HotdeskError):
 
 # `cancelled` is a conflict: the visitor's own wish stands against the answer. 499 says it, and is in no registry.
 DOOR_ERRORS: dict[str, tuple[int, str]] = {
+    "bad_http": (400, "the bytes are no HTTP/1.1, or a line of it is too long; the connection is closed"),
     "bad_json": (400, "the body or frame is not valid JSON (UTF-8)"),
     "bad_message": (400, "a field is missing, unknown, or of the wrong type"),
     "bad_parameter": (400, "a path or query parameter can't be used"),

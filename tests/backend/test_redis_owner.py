@@ -440,6 +440,49 @@ async def test_a_succession_that_stumbles_is_one_all_the_same(
     assert await redis.command("HVALS", key(partition, "tries")) == ["1"]
 
 
+async def test_what_turns_up_while_shares_are_worked_out_is_seen_to(
+    redis: RedisServer, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hand-over that fails while others are being taken, say: it is tried again, though all of those were had."""
+    a = await start_worker(url_of(redis))
+    members: Any = a.backend.members  # type: ignore[attr-defined]
+    take, plans = members._take, []
+
+    async def take_while_something_fails(missing: Any) -> bool:
+        taken = await take(missing)
+        if taken and not plans:
+            plans.append(missing)
+            members._robbed()
+        return bool(taken)
+
+    monkeypatch.setattr(members, "_take", take_while_something_fails)
+    await wait_until(lambda: members._settled and not members._taking, "it has its share")
+    members._settled = False
+    a.backend.partitions.lose(a.backend.partitions.all[0])  # type: ignore[attr-defined]
+    await members._plan()
+    assert plans
+    assert not members._settled
+    await wait_until(lambda: members._settled, "and soon all is well")
+
+
+async def test_one_that_is_given_what_is_anothers_by_now_gives_it_on(
+    redis: RedisServer, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody came while the partition was on its way, and it should be that one's."""
+    a, b = await start_worker(url_of(redis)), await start_worker(url_of(redis))
+    await settled(a, b)
+    heir: Any = b.backend.members  # type: ignore[attr-defined]
+    given: Any = a.backend.partitions.all[owned(a)[0]]  # type: ignore[attr-defined]
+    members: Any = a.backend.members  # type: ignore[attr-defined]
+    before = heir.hand_overs
+    with monkeypatch.context() as patch:
+        patch.setattr(members, "owner_of", lambda number, names: heir._me)
+        await members._give(given)
+    await wait_until(lambda: heir.hand_overs > before, "it came, and was given on", timeout_s=5)
+    await wait_until(lambda: given.number in owned(a), "it is whose it should be", timeout_s=5)
+    await settled(a, b)
+
+
 async def test_the_dead_stay_dead(
     redis: RedisServer, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

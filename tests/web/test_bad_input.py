@@ -212,7 +212,11 @@ async def test_what_is_not_http_is_refused(desk: Desk, caplog: pytest.LogCapture
     ):
         answer = await exchange(desk.url, data)
         assert answer.status == 400
-        assert b"Traceback" not in answer.body
+        error = answer.json()["error"]
+        assert error["code"] == "bad_http"
+        assert "Traceback" not in error["message"]
+        assert error["message"].isprintable()
+        assert error["hint"]
     assert await desk.reply() == "1: hello"
     assert [record.message for record in caplog.records if record.exc_info] == []
 

@@ -301,6 +301,8 @@ class Members:
         if self._leaving or self._taking:
             return
         self._taking = True
+        self._settled = True  # unless something from here on says that it is not
+        settled = False
         try:
             names = self._staying()
             share = []
@@ -312,9 +314,9 @@ class Members:
                     partition.giving = self._partitions.spawn(self._hand_over(partition))
             self._share = share
             missing = [partition for partition in share if not partition.mine and not partition.loading]
-            settled = not missing or await self._take(missing)
-            self._settled = settled and names == self._staying()  # somebody may have come meanwhile
+            settled = (not missing or await self._take(missing)) and names == self._staying()  # who may have come since
         finally:
+            self._settled = self._settled and settled
             self._taking = False
 
     async def _take(self, missing: list[Partition]) -> bool:
@@ -372,6 +374,8 @@ class Members:
                 self.taken += await self._partitions.load(partition, epoch, crashed=False)
             except BackendError:
                 self._settled = False
+            if self.owner_of(partition.number, self._staying() or (self._me,)) != self._me:
+                self._settled = False  # somebody has come meanwhile, whose it should be
 
         self._partitions.spawn(load())
 

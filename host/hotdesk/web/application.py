@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
 
 from ..config import Config
 from ..errors import DoorError
@@ -23,7 +21,7 @@ from .webhooks import Webhooks
 from .websocket import WebSockets
 from .wire import Wire
 
-__all__ = ["Doors", "http_log", "make_application"]
+__all__ = ["Doors", "make_application"]
 
 VISITOR_PATHS = (
     "/v1/conversations/{c}/messages",
@@ -97,18 +95,3 @@ def make_application(config: Config, doors: Doors, departure: Departure | None =
 
     add("*", "/{tail:.*}", door(nowhere))
     return app
-
-
-class _NotTheirs(logging.Filter):
-    """Bytes that are no HTTP are a 400 to who sent them; a traceback each would let anybody fill the log."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
-
-
-def http_log() -> logging.Logger:
-    """For what aiohttp has to say of the doors itself."""
-    log = logging.getLogger("hotdesk.http")
-    if not log.filters:
-        log.addFilter(_NotTheirs())
-    return log

@@ -23,6 +23,7 @@ from urllib.parse import unquote, unquote_plus
 from aiohttp import web
 
 from ..logs import get_log
+from .connections import connections
 from .port import BACKLOG
 
 __all__ = ["SteeredSite", "conversation_in"]
@@ -86,6 +87,8 @@ class SteeredSite(web.BaseSite):
         self._entrance = entrance
         self._find = find
         self._passed = passed
+        assert runner.server is not None
+        self._make = connections(runner.server)
         self._inner: socket.socket | None = None
         self._silent: dict[socket.socket, asyncio.TimerHandle] = {}
         """Connections of which nothing was read yet."""
@@ -221,12 +224,11 @@ class SteeredSite(web.BaseSite):
         task.add_done_callback(self._taking.discard)
 
     async def _serve(self, connection: socket.socket) -> None:
-        server = self._runner.server
-        if server is None:
+        if self._runner.server is None:
             connection.close()
             return
         try:
-            await self._loop.connect_accepted_socket(server, connection)
+            await self._loop.connect_accepted_socket(self._make, connection)
         except OSError as exc:
             connection.close()
             get_log().error("connection_not_taken", problem=exc.strerror or str(exc))
