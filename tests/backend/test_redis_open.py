@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import psutil
 import pytest
 import trustme
 from tests.backend.conftest import url_of
@@ -164,6 +165,27 @@ async def test_redis_is_asked_once_a_start_to_write_its_file_anew(own_redis: Red
     assert (await own_redis.info("persistence"))["aof_rewrites"] == "1"
     for worker in workers:
         await worker.aclose()
+
+
+async def test_a_redis_that_can_not_write_its_file_anew_is_said(own_redis: RedisServer) -> None:
+    """Its child died of it, say: what to look at is a warning, and it is not asked again and again."""
+    await own_redis.command("SET", "key", "value")
+    await own_redis.command("CONFIG", "SET", "rdb-key-save-delay", 10_000_000)  # microseconds a key
+    worker = await Worker.open(url_of(own_redis))
+    assert worker.backend.warnings == ()
+    assert own_redis.pid is not None
+    (child,) = await wait_until(psutil.Process(own_redis.pid).children, "it writes")
+    child.kill()
+
+    async def has_failed() -> bool:
+        return (await own_redis.info("persistence"))["aof_last_bgrewrite_status"] == "err"
+
+    await wait_until(has_failed, "it could not")
+    again = await open_once(url_of(own_redis))
+    (warning,) = again.backend.warnings
+    assert "could not write its append-only file anew: look at its log" in warning
+    assert psutil.Process(own_redis.pid).children() == []
+    await worker.aclose()
 
 
 @asynccontextmanager

@@ -69,7 +69,8 @@ class RedisServer(ServerProcess):
     async def has_written_anew(self) -> bool:
         """Whether it has made a new append-only file since it was started, and is not about to make another."""
         info = await self.info("persistence")
-        return info["aof_last_rewrite_time_sec"] != "-1" and info["aof_rewrite_in_progress"] == "0"
+        done = info["aof_last_rewrite_time_sec"] != "-1" and info["aof_last_bgrewrite_status"] == "ok"
+        return done and info["aof_rewrite_in_progress"] == "0"
 
     def arguments(self) -> Sequence[str]:
         return ()

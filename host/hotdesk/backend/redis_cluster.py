@@ -127,10 +127,11 @@ class ManyServers:
         else:
             node.main.send(command)
 
-    async def each(self, *args: Any, then: Then | None = None) -> list[Any]:
+    async def each(self, *args: Any, then: Then | None = None, failed: bool = False) -> list[Any]:
         if not self._masters:
             await self._load()
-        return await asyncio.gather(*(ask(self._node(address).aside, args, then) for address in self._masters))
+        asking = (ask(self._node(address).aside, args, then) for address in self._masters)
+        return await asyncio.gather(*asking, return_exceptions=failed)
 
     def _node_of(self, slot: int) -> _Node | None:
         """Whose *slot* is; for -1 any that is well."""

@@ -10,6 +10,15 @@ __all__ = ["look_at_servers", "renew_files"]
 
 FLOOR = (7, 0)
 
+MAY_NOT = (
+    "BGREWRITEAOF is not allowed here: run it yourself after every crash of Redis, or what it was writing then may"
+    " come to be at the start after the next"
+)
+COULD_NOT = (
+    "Redis could not write its append-only file anew: look at its log, its disk and its memory, and run BGREWRITEAOF;"
+    " what a crash tore in the old file may come to be at the next start"
+)
+
 
 async def look_at_servers(url: RedisUrl, servers: Servers) -> tuple[str, tuple[str, ...]]:
     """What `accepted` means there, and what about it is unsafe. Raises `BackendError` where a server is too old."""
@@ -48,25 +57,27 @@ async def renew_files(servers: Servers) -> tuple[str, ...]:
     commands in the file if the last of them is not whole. Whatever is written next completes them: at the start after
     that they are carried out too, and what was kept after them may not be (in Valkey mended by its pull request 4342).
     """
-    try:
-        await servers.each("INFO", "persistence", then=_renewal)
-    except BackendError as exc:
-        if "in progress" in str(exc):
-            return ()  # another worker's
-        if isinstance(exc, BackendUnavailable) and "permission" not in exc.reason:
-            raise
-        return (
-            "BGREWRITEAOF is not allowed here: run it yourself after every crash of Redis, or what it was writing then"
-            " may come to be at the start after the next",
-        )
-    return ()
+    warnings = []
+    for answer in await servers.each("INFO", "persistence", then=_renewal, failed=True):
+        if isinstance(answer, BackendUnavailable) and "permission" not in answer.reason:
+            raise answer
+        if isinstance(answer, BackendError):
+            said = str(answer)
+            if "in progress" in said:  # another worker's
+                continue
+            warnings.append(COULD_NOT if "Can't execute" in said else MAY_NOT)
+        elif isinstance(answer, BaseException):
+            raise answer
+        elif b"aof_last_bgrewrite_status:err" in answer:
+            warnings.append(COULD_NOT)
+    return tuple(dict.fromkeys(warnings))
 
 
 def _renewal(info: bytes) -> tuple[str, ...] | None:
     now = _info(info)
     busy = now.get("aof_rewrite_in_progress") != "0" or now.get("aof_rewrite_scheduled") != "0"
-    fresh = now.get("aof_enabled") != "1" or now.get("aof_last_rewrite_time_sec") != "-1"
-    return None if busy or fresh else ("BGREWRITEAOF",)
+    tried = now.get("aof_last_rewrite_time_sec") != "-1" or now.get("aof_last_bgrewrite_status") != "ok"
+    return None if busy or tried or now.get("aof_enabled") != "1" else ("BGREWRITEAOF",)
 
 
 def _info(text: bytes) -> dict[str, str]:

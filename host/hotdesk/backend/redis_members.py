@@ -265,7 +265,7 @@ class Members:
             elif not now - FORGET_MS < int(until) < now + FORGET_MS:
                 forgotten.append(name)
         if forgotten:
-            await self._calls.command(self._slot, "HDEL", self._keys[0], *forgotten)
+            await self._calls.command(self._slot, "HDEL", self._keys[0], *forgotten, way=Way.LEASE)
         return alive
 
     async def bury(self, name: str) -> None:

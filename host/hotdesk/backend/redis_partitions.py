@@ -357,7 +357,9 @@ class Partitions:
         try:
             after, highest = 0, 0
             while True:
-                owner, has, last, page, more, waiting, tried = await self._look(partition, after, undelivered=not after)
+                owner, has, last, page, more, waiting, tried = await self._look(
+                    partition, after, undelivered=not after, tries=not after
+                )
                 if (owner, has) != (self._me, epoch):
                     self._release_held(partition)
                     return 0
@@ -427,14 +429,14 @@ class Partitions:
         return begin
 
     async def _look(
-        self, partition: Partition, after: int, *, undelivered: bool = False
+        self, partition: Partition, after: int, *, undelivered: bool = False, tries: bool = True
     ) -> tuple[str, str, int, list[Any], bool, list[bytes], list[bytes]]:
         keys = partition.keys
-        owner, epoch, last, page, more, waiting, tries = await self._calls.script(
+        owner, epoch, last, page, more, waiting, tried = await self._calls.script(
             "look", partition.slot, (partition.own, keys["in"], keys["dlv"], keys["tries"]),
-            after, PAGE, PAGE_BYTES, int(undelivered), way=Way.ASIDE,
+            after, PAGE, PAGE_BYTES, int(undelivered), int(tries), way=Way.ASIDE,
         )  # fmt: skip
-        return owner.decode(), epoch.decode(), int(last), page, bool(more), waiting, tries
+        return owner.decode(), epoch.decode(), int(last), page, bool(more), waiting, tried
 
     async def _read_records(self, partition: Partition, names: Iterable[str]) -> dict[str, ConversationRecord]:
         asked = {

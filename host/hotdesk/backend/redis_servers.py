@@ -62,8 +62,11 @@ class Servers(Protocol):
     def unsubscribe(self, channel: str) -> None: ...
     def start_news(self) -> None: ...
     async def wait_news(self) -> None: ...
-    async def each(self, *args: Any, then: Then | None = None) -> list[Any]:
-        """One command to every server; their answers. *then* may make of one what that server is asked instead."""
+    async def each(self, *args: Any, then: Then | None = None, failed: bool = False) -> list[Any]:
+        """One command to every server; their answers. *then* may make of one what that server is asked instead.
+
+        With *failed* what a server fails with is its answer; else whatever fails first is raised.
+        """
 
     def trouble(self) -> str | None:
         """Why a server can't be reached, while one can't."""
@@ -156,8 +159,8 @@ class OneServer:
     async def wait_news(self) -> None:
         await self._news.wait_open()
 
-    async def each(self, *args: Any, then: Then | None = None) -> list[Any]:
-        return [await ask(self._lanes[Way.ASIDE], args, then)]
+    async def each(self, *args: Any, then: Then | None = None, failed: bool = False) -> list[Any]:
+        return list(await asyncio.gather(ask(self._lanes[Way.ASIDE], args, then), return_exceptions=failed))
 
     def trouble(self) -> str | None:
         return self._lanes[Way.TURNS].down

@@ -14,7 +14,7 @@ local grace, number = tonumber(clock[2] or 0), tonumber(clock[3] or 0)
 local changed = 0
 if term > 0 then
   local before = redis.call('HGET', KEYS[1], ARGV[1])
-  if before and string.match(before, ' (.*)') ~= ARGV[3] then -- it says that it is leaving
+  if not before or string.match(before, ' (.*)') ~= ARGV[3] then -- it is new or was forgotten, or says that it is leaving
     changed = 1
   end
   local last = tonumber(clock[1] or now)
@@ -28,8 +28,9 @@ if term > 0 then
     end
   end
   local ends = math.max(math.min(now + term, tonumber(ARGV[5]) or now + term), grace)
-  redis.call('HSET', KEYS[1], '@last', now, ARGV[1], ends .. ' ' .. ARGV[3])
+  redis.call('HSET', KEYS[1], '@last', now)
   if ends > now then
+    redis.call('HSET', KEYS[1], ARGV[1], ends .. ' ' .. ARGV[3])
     changed = changed + redis.call('ZADD', KEYS[2], 'GT', ends, ARGV[1])
   end
 else
