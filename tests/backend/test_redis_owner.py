@@ -446,9 +446,10 @@ async def test_what_turns_up_while_shares_are_worked_out_is_seen_to(
     """A hand-over that fails while others are being taken, say: it is tried again, though all of those were had."""
     a = await start_worker(url_of(redis))
     members: Any = a.backend.members  # type: ignore[attr-defined]
-    take, plans = members._take, []
+    take, plans, early = members._take, [], []
 
     async def take_while_something_fails(missing: Any) -> bool:
+        early.append(members._settled)  # a start that waits for its share would be over before it has it
         taken = await take(missing)
         if taken and not plans:
             plans.append(missing)
@@ -462,6 +463,7 @@ async def test_what_turns_up_while_shares_are_worked_out_is_seen_to(
     await members._plan()
     assert plans
     assert not members._settled
+    assert not any(early)
     await wait_until(lambda: members._settled, "and soon all is well")
 
 

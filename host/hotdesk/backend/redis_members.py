@@ -143,6 +143,9 @@ class Members:
         partitions.on_robbed = self._robbed
         self._homes: dict[int, int | None] = {}
         self._settled = False
+        """Every partition is whose it should be, as far as that is this worker's doing."""
+
+        self._doubts = 0
         self._share: list[Partition] = []
         """What should be this worker's, with those who were alive when that was last worked out."""
 
@@ -249,7 +252,7 @@ class Members:
         self.alive = alive
         if changed:
             self._homes.clear()
-            self._settled = False
+            self._unsettle()
         return changed
 
     async def _read(self, now: int, rows: list[bytes], living: set[bytes]) -> dict[str, About]:
@@ -272,9 +275,14 @@ class Members:
         """A worker is known to be dead: its lease ends now."""
         await self._calls.script("beat", self._slot, self._keys, name, 0, "", self._number, way=Way.LEASE)
 
+    def _unsettle(self) -> None:
+        """Shares have to be worked out, and once more where that is under way."""
+        self._settled = False
+        self._doubts += 1
+
     def _robbed(self) -> None:
         """What this worker has is not what it thought: look at once who is alive, and who should have what."""
-        self._settled = False
+        self._unsettle()
         self._wake.set()
 
     # -- partitions ------------------------------------------------------------------------------------------
@@ -301,8 +309,7 @@ class Members:
         if self._leaving or self._taking:
             return
         self._taking = True
-        self._settled = True  # unless something from here on says that it is not
-        settled = False
+        doubts = self._doubts
         try:
             names = self._staying()
             share = []
@@ -314,9 +321,9 @@ class Members:
                     partition.giving = self._partitions.spawn(self._hand_over(partition))
             self._share = share
             missing = [partition for partition in share if not partition.mine and not partition.loading]
-            settled = (not missing or await self._take(missing)) and names == self._staying()  # who may have come since
+            settled = not missing or await self._take(missing)
+            self._settled = settled and names == self._staying() and doubts == self._doubts  # whatever came meanwhile
         finally:
-            self._settled = self._settled and settled
             self._taking = False
 
     async def _take(self, missing: list[Partition]) -> bool:
@@ -373,9 +380,9 @@ class Members:
             try:
                 self.taken += await self._partitions.load(partition, epoch, crashed=False)
             except BackendError:
-                self._settled = False
+                self._unsettle()
             if self.owner_of(partition.number, self._staying() or (self._me,)) != self._me:
-                self._settled = False  # somebody has come meanwhile, whose it should be
+                self._unsettle()  # somebody has come meanwhile, whose it should be
 
         self._partitions.spawn(load())
 
@@ -389,7 +396,7 @@ class Members:
             if partition.mine:
                 await self._give(partition)
         except BackendError:
-            self._settled = False
+            self._unsettle()
         finally:
             if partition.holding and partition.mine:  # what came meanwhile was not begun
                 self._partitions.doubtful.add(partition)
@@ -471,7 +478,7 @@ class Members:
 
     async def resync(self) -> None:
         """News may have been missed: compare every owned partition with Redis."""
-        self._settled = False
+        self._unsettle()
         self._wake.set()
         for one in self._partitions.all:
             one.records.clear()  # the server may be another, or have lost what it had

@@ -77,7 +77,7 @@ class Way(Enum):
     """What turns wait for."""
 
     ASIDE = "aside"
-    """What is only read, and may be long."""
+    """What no turn waits for: its answers may be long."""
 
     LEASE = "lease"
     """That this worker is alive, whatever else is under way."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable
 from functools import partial
 
@@ -48,21 +47,11 @@ def connections(server: web.Server) -> Callable[[], RequestHandler]:
     return partial(_Connection, server, loop=loop, logger=_http_log(), access_log=None)  # type: ignore[arg-type]
 
 
-class Site(web.BaseSite):
-    """Takes the connections of *sock*, which is bound."""
-
-    def __init__(self, runner: web.BaseRunner, sock: socket.socket, *, backlog: int) -> None:
-        super().__init__(runner, backlog=backlog)
-        self._sock = sock
-        host, port = sock.getsockname()[:2]
-        self._name = f"http://{host}:{port}"
-
-    @property
-    def name(self) -> str:
-        return self._name
+class Site(web.SockSite):
+    """Takes the connections of a socket that is bound."""
 
     async def start(self) -> None:
-        await super().start()
+        await web.BaseSite.start(self)
         server = self._runner.server
         assert server is not None
         loop = asyncio.get_running_loop()
